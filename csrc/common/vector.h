@@ -1,0 +1,329 @@
+// The vector layer of the CPU kernels: GCC/Clang vector types, one register wide for the instruction set that the file
+// is compiled for. See docs/vector_layer.md for what was measured against at::vec and Highway.
+//
+// Vector<T> has lanes<T> elements of T (float or double). Arithmetic and comparison are the compiler's own operators;
+// this header adds loads (with conversion from bfloat16 and float16), stores, shuffles, reductions and exp.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define MPKERNELS_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define MPKERNELS_VECTOR_BYTES 32
+#else
+#define MPKERNELS_VECTOR_BYTES 16
+#endif
+
+namespace mpkernels {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+template <typename T>
+inline constexpr int lanes = MPKERNELS_VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(MPKERNELS_VECTOR_BYTES)));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+// Signed integers of the size of T, as comparisons of Vector<T> give them: all ones where true.
+template <typename T>
+using Integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+template <typename T>
+using Mask = Vector<Integer<T>>;
+
+// The type that T is computed in.
+template <typename T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// (always_inline everywhere: these functions are a handful of instructions, and must never become calls)
+#define MPKERNELS_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+MPKERNELS_INLINE Vector<T> broadcast(T x) {
+  return Vector<T>{} + x;
+}
+
+template <typename T>
+MPKERNELS_INLINE Vector<T> select(Mask<T> mask, Vector<T> yes, Vector<T> no) {
+  return mask ? yes : no;
+}
+
+// 0, 1, 2, ...
+template <typename T>
+MPKERNELS_INLINE Mask<T> lane_indices() {
+  Mask<T> index;
+  for (int i = 0; i < lanes<T>; ++i) index[i] = i;
+  return index;
+}
+
+// True in lanes [0, count).
+template <typename T>
+MPKERNELS_INLINE Mask<T> first_lanes(int64_t count) {
+  return lane_indices<T>() < static_cast<Integer<T>>(count < lanes<T> ? count : lanes<T>);
+}
+
+// result[i] = concatenation(a, b)[Pattern::at(i)], with the pattern known when compiling.
+template <typename Pattern, typename V, int... I>
+MPKERNELS_INLINE V shuffle_with(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, Pattern::at(I)...);
+}
+template <typename Pattern, typename T>
+MPKERNELS_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b) {
+  return shuffle_with<Pattern>(a, b, std::make_integer_sequence<int, lanes<T>>{});
+}
+
+// Lanes moved up by K (lane i gets lane i - K), the first K lanes taken from `fill`; and the other way round.
+template <typename T, int K>
+struct MoveUp {
+  static constexpr int at(int i) { return i >= K ? i - K : lanes<T> + i; }
+};
+template <typename T, int K>
+struct MoveDown {
+  static constexpr int at(int i) { return i + K < lanes<T> ? i + K : lanes<T> + i; }
+};
+template <int K, typename T>
+MPKERNELS_INLINE Vector<T> move_up(Vector<T> x, Vector<T> fill) {
+  return shuffle<MoveUp<T, K>, T>(x, fill);
+}
+template <int K, typename T>
+MPKERNELS_INLINE Vector<T> move_down(Vector<T> x, Vector<T> fill) {
+  return shuffle<MoveDown<T, K>, T>(x, fill);
+}
+
+// x_0, x_0 x_1, x_0 x_1 x_2, ...: log2(lanes) steps, in a fixed order.
+template <typename T, int K = 1>
+MPKERNELS_INLINE Vector<T> inclusive_product(Vector<T> x) {
+  if constexpr (K < lanes<T>) {
+    return inclusive_product<T, 2 * K>(x * move_up<K, T>(x, broadcast<T>(1)));
+  } else {
+    return x;
+  }
+}
+
+// 1 - (1 - x_0), 1 - (1 - x_0)(1 - x_1), ...: the same in terms of the complement, a + b - a b, which keeps the digits
+// of small x. (A product of factors just below 1 drops a b in every rounding, always in the same direction: over 2,500
+// factors that is 8e-6 instead of 1e-6.)
+template <typename T, int K = 1>
+MPKERNELS_INLINE Vector<T> inclusive_complement(Vector<T> x) {
+  if constexpr (K < lanes<T>) {
+    const Vector<T> before = move_up<K, T>(x, Vector<T>{});
+    return inclusive_complement<T, 2 * K>(before + (x - before * x));
+  } else {
+    return x;
+  }
+}
+
+// ..., x_{n-2} + x_{n-1}, x_{n-1}: sums from each lane to the last.
+template <typename T, int K = 1>
+MPKERNELS_INLINE Vector<T> suffix_sum(Vector<T> x) {
+  if constexpr (K < lanes<T>) {
+    return suffix_sum<T, 2 * K>(x + move_down<K, T>(x, Vector<T>{}));
+  } else {
+    return x;
+  }
+}
+
+template <typename T, int K = lanes<T> / 2>
+MPKERNELS_INLINE T sum(Vector<T> x) {
+  if constexpr (K >= 1) {
+    return sum<T, K / 2>(x + move_down<K, T>(x, Vector<T>{}));
+  } else {
+    return x[0];
+  }
+}
+
+template <typename T>
+MPKERNELS_INLINE bool any(Mask<T> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask));
+#else
+  Integer<T> found = 0;
+  for (int i = 0; i < lanes<T>; ++i) found |= mask[i];
+  return found != 0;
+#endif
+}
+
+// Unaligned loads and stores of full vectors.
+template <typename T>
+MPKERNELS_INLINE Vector<T> load_raw(const T* from) {
+  Vector<T> x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+typedef uint16_t Words32 __attribute__((vector_size(MPKERNELS_VECTOR_BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(MPKERNELS_VECTOR_BYTES)));
+
+MPKERNELS_INLINE Vector<float> widen_bfloat16(Words32 bits) {
+  return reinterpret_cast<Vector<float>>(__builtin_convertvector(bits, Words) << 16);
+}
+// Round to nearest even; NaN stays NaN.
+MPKERNELS_INLINE Words32 narrow_bfloat16(Vector<float> x) {
+  const Words bits = reinterpret_cast<Words>(x);
+  const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector((x == x) ? rounded : Words{} + 0x7FC0, Words32);
+}
+// Half: move exponent and mantissa into place and scale by 2^112, which is exact for subnormals too.
+MPKERNELS_INLINE Vector<float> widen_half(Words32 half) {
+  const Words bits = __builtin_convertvector(half, Words);
+  const Words magnitude = (bits & 0x7FFF) << 13;
+  const Vector<float> scaled = reinterpret_cast<Vector<float>>(magnitude) * 0x1p112f;
+  const Words special = reinterpret_cast<Words>(scaled) | 0x7F800000;
+  const Words finite = reinterpret_cast<Words>(scaled);
+  const Words joined = ((bits & 0x7C00) == 0x7C00) ? special : finite;
+  return reinterpret_cast<Vector<float>>(joined | ((bits & 0x8000) << 16));
+}
+// Round to nearest even by adding a power of two that leaves 10 mantissa bits; overflow gives infinity.
+MPKERNELS_INLINE Words32 narrow_half(Vector<float> x) {
+  const Words bits = reinterpret_cast<Words>(x);
+  const Words sign = (bits >> 16) & 0x8000;
+  const Vector<float> magnitude = reinterpret_cast<Vector<float>>(bits & 0x7FFFFFFF);
+  // normal numbers: rebias the exponent, and round the mantissa's low 13 bits
+  const Words normal_bits = reinterpret_cast<Words>(magnitude);
+  const Words normal = (normal_bits - 0x38000000 + 0x0FFF + ((normal_bits >> 13) & 1)) >> 13;
+  // below 2^-14: 0.5 has its last bit at 2^-24, where half's subnormals have theirs
+  const Words subnormal = reinterpret_cast<Words>(magnitude + 0.5f) - 0x3F000000;
+  Words result = (magnitude < 0x1p-14f) ? subnormal : normal;
+  result = (magnitude >= 65520.0f) ? Words{} + 0x7C00 : result;
+  result = (magnitude == magnitude) ? result : Words{} + 0x7E00;
+  return __builtin_convertvector(result | sign, Words32);
+}
+
+// lanes elements of S, converted to the type they are computed in.
+template <typename S>
+MPKERNELS_INLINE Vector<Compute<S>> load(const S* from) {
+  if constexpr (sizeof(S) >= 4) {
+    return load_raw<S>(from);
+  } else {
+    Words32 bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      return widen_bfloat16(bits);
+    } else {
+      return widen_half(bits);
+    }
+  }
+}
+
+template <typename S>
+MPKERNELS_INLINE void store(S* to, Vector<Compute<S>> x) {
+  if constexpr (sizeof(S) >= 4) {
+    std::memcpy(to, &x, sizeof(x));
+  } else {
+    Words32 bits;
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      bits = narrow_bfloat16(x);
+    } else {
+      bits = narrow_half(x);
+    }
+    std::memcpy(to, &bits, sizeof(bits));
+  }
+}
+
+// The first `count` elements (no more than lanes are used; the others read as 0), never touching memory behind them.
+template <typename S>
+MPKERNELS_INLINE Vector<Compute<S>> load_first(const S* from, int64_t count) {
+  if (count >= lanes<Compute<S>>) return load<S>(from);
+  if (count <= 0) return Vector<Compute<S>>{};
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float>) {
+    return reinterpret_cast<Vector<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+  } else if constexpr (std::is_same_v<S, double>) {
+    return reinterpret_cast<Vector<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), from));
+  }
+#endif
+  alignas(64) unsigned char bytes[lanes<Compute<S>> * sizeof(S)] = {};
+  std::memcpy(bytes, from, static_cast<size_t>(count) * sizeof(S));
+  return load<S>(reinterpret_cast<const S*>(bytes));
+}
+
+template <typename S>
+MPKERNELS_INLINE void store_first(S* to, Vector<Compute<S>> x, int64_t count) {
+  if (count >= lanes<Compute<S>>) {
+    store<S>(to, x);
+    return;
+  }
+  if (count <= 0) return;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float>) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(x));
+    return;
+  } else if constexpr (std::is_same_v<S, double>) {
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << count) - 1), reinterpret_cast<__m512d>(x));
+    return;
+  }
+#endif
+  alignas(64) unsigned char bytes[lanes<Compute<S>> * sizeof(S)];
+  store<S>(reinterpret_cast<S*>(bytes), x);
+  std::memcpy(to, bytes, static_cast<size_t>(count) * sizeof(S));
+}
+
+// Single elements, converted as above.
+template <typename S>
+MPKERNELS_INLINE Compute<S> to_compute(S x) {
+  return static_cast<Compute<S>>(x);
+}
+
+// exp(x) and expm1(x) together, both within 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, p = e^r - 1 by its Taylor
+// polynomial (degree 7 for float, 13 for double: truncated below half an ulp), exp(x) = 2^n (1 + p) and
+// expm1(x) = 2^n p + (2^n - 1). Below the smallest normal number exp is 0; above 88 (709) it is infinity; NaN stays NaN.
+template <typename T>
+struct Exponential {
+  Vector<T> exp;
+  Vector<T> expm1;
+};
+
+template <typename T>
+MPKERNELS_INLINE Exponential<T> exponential(Vector<T> x) {
+  constexpr bool is_float = std::is_same_v<T, float>;
+  constexpr T log2_e = T(1.44269504088896340736L);
+  constexpr T ln2_high = is_float ? T(0.693359375L) : T(6.93147180369123816490e-01L);
+  constexpr T ln2_low = is_float ? T(-2.12194440054690583e-4L) : T(1.90821492927058770002e-10L);
+  constexpr T highest = is_float ? T(88) : T(709);
+  constexpr T lowest = is_float ? T(-87.3365447504019L) : T(-708.396418532264106L);
+  // adding 1.5 2^(mantissa bits) rounds to the nearest integer, and leaves it in the low bits
+  constexpr T round_shift = is_float ? T(0x1.8p23) : T(0x1.8p52);
+  constexpr int mantissa_bits = is_float ? 23 : 52;
+  constexpr Integer<T> bias = is_float ? 127 : 1023;
+
+  const Mask<T> overflow = x > highest;
+  const Mask<T> underflow = x < lowest;
+  const Vector<T> inside = select<T>(overflow, broadcast<T>(highest), select<T>(underflow, broadcast<T>(lowest), x));
+  const Vector<T> shifted = inside * log2_e + round_shift;
+  const Vector<T> n = shifted - round_shift;
+  const Vector<T> r = (inside - n * ln2_high) - n * ln2_low;
+
+  constexpr int degree = is_float ? 7 : 13;
+  constexpr long double inverse_factorial[] = {
+      1.0L,        1.0L / 2,     1.0L / 6,      1.0L / 24,      1.0L / 120,      1.0L / 720,       1.0L / 5040,
+      1.0L / 40320, 1.0L / 362880, 1.0L / 3628800, 1.0L / 39916800, 1.0L / 479001600, 1.0L / 6227020800};
+  Vector<T> p = broadcast<T>(T(inverse_factorial[degree - 1]));
+#pragma GCC unroll 13
+  for (int k = degree - 2; k >= 1; --k) p = p * r + T(inverse_factorial[k]);
+  p = p * r * r + r;
+
+  const Mask<T> exponent = reinterpret_cast<Mask<T>>(shifted) - reinterpret_cast<Mask<T>>(broadcast<T>(round_shift));
+  const Vector<T> scale = reinterpret_cast<Vector<T>>((exponent + bias) << mantissa_bits);
+  const Vector<T> infinity = broadcast<T>(T(__builtin_inf()));
+  Exponential<T> result;
+  result.exp = select<T>(overflow, infinity, select<T>(underflow, Vector<T>{}, p * scale + scale));
+  result.expm1 = select<T>(overflow, infinity, select<T>(underflow, broadcast<T>(-1), p * scale + (scale - 1)));
+  return result;
+}
+
+}  // namespace mpkernels

@@ -1,0 +1,18 @@
+"""mpkernels: hand-written kernels for machine perception, with one meaning on CPU, Triton and CUDA."""
+
+from mpkernels import library as _library
+from mpkernels.backends import BACKENDS, BackendError, use_backend
+from mpkernels.volume import CompositeOutput, composite, composite_from_alphas
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "CompositeOutput",
+    "composite",
+    "composite_from_alphas",
+    "use_backend",
+]
+
+_library.load()

@@ -24,10 +24,10 @@ def cuda_compiler() -> list[str]:
     script = ROOT / "mpkernels" / "profiling" / "toolchain.py"
     found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     facts = dict(line.split("=", 1) for line in found.stdout.splitlines() if "=" in line)
-    if found.returncode or not facts.get("path"):
+    if found.returncode or not facts.get("nvcc"):
         return []
-    flags = facts.get("flags", "")
-    return [f"-DCMAKE_CUDA_COMPILER={facts['path']}"] + ([f"-DCMAKE_CUDA_FLAGS={flags}"] if flags else [])
+    flags = " ".join([*facts["compile_flags"].split(";"), *facts["link_flags"].split(";")]).strip()
+    return [f"-DCMAKE_CUDA_COMPILER={facts['nvcc']}"] + ([f"-DCMAKE_CUDA_FLAGS={flags}"] if flags else [])
 
 
 class CMakeBuild(build_ext):
@@ -53,7 +53,9 @@ class CMakeBuild(build_ext):
             raise RuntimeError(
                 f"{error}: install torch and pybind11 first, then use `pip install --no-build-isolation`"
             ) from error
-        output = ROOT / "mpkernels" if self.inplace or self.editable_mode else Path(self.build_lib).resolve() / "mpkernels"
+        output = (
+            ROOT / "mpkernels" if self.inplace or self.editable_mode else Path(self.build_lib).resolve() / "mpkernels"
+        )
         build = Path(os.environ.get("MPKERNELS_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
         build.mkdir(parents=True, exist_ok=True)
         settings = [

@@ -113,8 +113,9 @@ class OpSpec:
     batched: bool = True  # whether torch.func.vmap over the first dimension makes sense
     demo: str | None = None  # module of python_models with `fit(...)`, run by `mpkernels demo <name>`
     dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(
-        default_factory=lambda: {"reference": _ALL, "cpu": _ALL, "triton": _ALL, "cuda": _ALL}
-        | {"fibres": (torch.float32, torch.float64)}
+        default_factory=lambda: (
+            {"reference": _ALL, "cpu": _ALL, "triton": _ALL, "cuda": _ALL} | {"fibres": (torch.float32, torch.float64)}
+        )
     )
 
     def case(self, name: str) -> Case:

@@ -34,7 +34,7 @@
 #include <string>
 #include <utility>
 
-#define MPKERNELS_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...)                              \
+#define MPKERNELS_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...) \
   ::mpkernels::launch_kernel(#kernel, kernel, grid, block, dynamic_shared_bytes, stream, ##__VA_ARGS__)
 
 #if defined(__CUDACC__)
@@ -43,8 +43,8 @@
 
 #define MPKERNELS_HOST_DEVICE __host__ __device__
 
-#define MPKERNELS_DYNAMIC_SHARED(type, name)                                   \
-  extern __shared__ __align__(16) unsigned char mpkernels_dynamic_shared[];    \
+#define MPKERNELS_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char mpkernels_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(mpkernels_dynamic_shared)
 
 namespace mpkernels {
@@ -66,9 +66,9 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, d
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "the kernel takes another number of arguments");
   constexpr std::size_t shared_bytes_without_request = 48 * 1024;
   if (dynamic_shared_bytes > shared_bytes_without_request) {
-    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    static_cast<int>(dynamic_shared_bytes));
+    const cudaError_t status =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(dynamic_shared_bytes));
     if (status != cudaSuccess) static_cast<void>(cudaGetLastError());  // leave no error behind for the next launch
     check_launch(status, name, grid, block, dynamic_shared_bytes);
   }

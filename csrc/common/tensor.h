@@ -34,8 +34,8 @@ inline bool poisoned() {
   return value != nullptr && value[0] == '1';
 }
 
-// Asks for huge pages for a large, fresh piece of CPU memory: the page faults of small ones cost more time than a kernel
-// that fills it. Torch's CPU allocator does not keep memory, so this is paid for every large output.
+// Asks for huge pages for a large, fresh piece of CPU memory: the page faults of small ones cost more time than a
+// kernel that fills it. Torch's CPU allocator does not keep memory, so this is paid for every large output.
 inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if !defined(__CUDACC__) && defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t huge_page = uintptr_t{2} << 20;
@@ -59,8 +59,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
+                                                  device_type, device_index, &handle));
   Tensor tensor(handle);
   const size_t bytes = static_cast<size_t>(count) * aoti_torch_dtype_element_size(dtype);
   if (!like.is_cuda()) prefer_huge_pages(tensor.data_ptr(), bytes);

@@ -273,19 +273,49 @@ MPKERNELS_INLINE void store_first(S* to, Vector<Compute<S>> x, int64_t count) {
   std::memcpy(to, bytes, static_cast<size_t>(count) * sizeof(S));
 }
 
+// store_first past the caches where the address allows it: memory that is only written is then not read first. For
+// outputs larger than the caches; call finish_streams before another thread may read them.
+template <typename S>
+MPKERNELS_INLINE void stream_first(S* to, Vector<Compute<S>> x, int64_t count) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  if constexpr (sizeof(S) >= 4) {
+    if (count >= lanes<S> && reinterpret_cast<uintptr_t>(to) % MPKERNELS_VECTOR_BYTES == 0) {
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(x));
+#else
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(x));
+#endif
+      return;
+    }
+  }
+#endif
+  store_first<S>(to, x, count);
+}
+
+MPKERNELS_INLINE void finish_streams() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // Single elements, converted as above.
 template <typename S>
 MPKERNELS_INLINE Compute<S> to_compute(S x) {
   return static_cast<Compute<S>>(x);
 }
 
-// exp(x) and expm1(x) together, both within 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, p = e^r - 1 by its Taylor
-// polynomial (degree 7 for float, 13 for double: truncated below half an ulp), exp(x) = 2^n (1 + p) and
-// expm1(x) = 2^n p + (2^n - 1). Below the smallest normal number exp is 0; above 88 (709) it is infinity; NaN stays NaN.
+// e^x in two parts, from which exp and expm1 both follow within 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2,
+// scale = 2^n, p = e^r - 1 by its Taylor polynomial (degree 7 for float, 13 for double: truncated below half an ulp).
+// x is limited to [-87.3, 88] ([-708, 709] in double): e^x saturates above; below it is 0, and expm1 is -1. NaN stays
+// NaN.
 template <typename T>
 struct Exponential {
-  Vector<T> exp;
-  Vector<T> expm1;
+  Vector<T> scale;
+  Vector<T> p;
+  Mask<T> vanishes;
+
+  MPKERNELS_INLINE Vector<T> exp() const { return select<T>(vanishes, Vector<T>{}, p * scale + scale); }
+  MPKERNELS_INLINE Vector<T> expm1() const { return p * scale + (scale - 1); }
 };
 
 template <typename T>
@@ -296,34 +326,29 @@ MPKERNELS_INLINE Exponential<T> exponential(Vector<T> x) {
   constexpr T ln2_low = is_float ? T(-2.12194440054690583e-4L) : T(1.90821492927058770002e-10L);
   constexpr T highest = is_float ? T(88) : T(709);
   constexpr T lowest = is_float ? T(-87.3365447504019L) : T(-708.396418532264106L);
-  // adding 1.5 2^(mantissa bits) rounds to the nearest integer, and leaves it in the low bits
-  constexpr T round_shift = is_float ? T(0x1.8p23) : T(0x1.8p52);
+  // adding 1.5 2^(mantissa bits) rounds to the nearest integer and leaves it, here with the exponent's bias, in the low
+  // bits; shifted up they are 2^n
   constexpr int mantissa_bits = is_float ? 23 : 52;
-  constexpr Integer<T> bias = is_float ? 127 : 1023;
+  constexpr T round_shift = (is_float ? T(0x1.8p23) : T(0x1.8p52)) + (is_float ? 127 : 1023);
 
-  const Mask<T> overflow = x > highest;
-  const Mask<T> underflow = x < lowest;
-  const Vector<T> inside = select<T>(overflow, broadcast<T>(highest), select<T>(underflow, broadcast<T>(lowest), x));
+  const Mask<T> vanishes = x < lowest;
+  Vector<T> inside = x > highest ? broadcast<T>(highest) : x;
+  inside = inside < lowest ? broadcast<T>(lowest) : inside;
   const Vector<T> shifted = inside * log2_e + round_shift;
   const Vector<T> n = shifted - round_shift;
   const Vector<T> r = (inside - n * ln2_high) - n * ln2_low;
 
   constexpr int degree = is_float ? 7 : 13;
   constexpr long double inverse_factorial[] = {
-      1.0L,        1.0L / 2,     1.0L / 6,      1.0L / 24,      1.0L / 120,      1.0L / 720,       1.0L / 5040,
+      1.0L,         1.0L / 2,      1.0L / 6,       1.0L / 24,       1.0L / 120,       1.0L / 720,       1.0L / 5040,
       1.0L / 40320, 1.0L / 362880, 1.0L / 3628800, 1.0L / 39916800, 1.0L / 479001600, 1.0L / 6227020800};
   Vector<T> p = broadcast<T>(T(inverse_factorial[degree - 1]));
 #pragma GCC unroll 13
   for (int k = degree - 2; k >= 1; --k) p = p * r + T(inverse_factorial[k]);
   p = p * r * r + r;
 
-  const Mask<T> exponent = reinterpret_cast<Mask<T>>(shifted) - reinterpret_cast<Mask<T>>(broadcast<T>(round_shift));
-  const Vector<T> scale = reinterpret_cast<Vector<T>>((exponent + bias) << mantissa_bits);
-  const Vector<T> infinity = broadcast<T>(T(__builtin_inf()));
-  Exponential<T> result;
-  result.exp = select<T>(overflow, infinity, select<T>(underflow, Vector<T>{}, p * scale + scale));
-  result.expm1 = select<T>(overflow, infinity, select<T>(underflow, broadcast<T>(-1), p * scale + (scale - 1)));
-  return result;
+  const Vector<T> scale = reinterpret_cast<Vector<T>>(reinterpret_cast<Mask<T>>(shifted) << mantissa_bits);
+  return {scale, p, vanishes};
 }
 
 }  // namespace mpkernels

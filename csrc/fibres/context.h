@@ -29,14 +29,14 @@
 // void mpkernels_fibres_switch(void** saved_stack_pointer, void* next_stack_pointer)
 extern "C" void mpkernels_fibres_switch(void** saved_stack_pointer, void* next_stack_pointer);
 
-#define MPKERNELS_FIBRES_ASSEMBLY(body)                                                            \
+#define MPKERNELS_FIBRES_ASSEMBLY(body)                                                               \
   asm(".pushsection .text.mpkernels_fibres_switch,\"axG\",%progbits,mpkernels_fibres_switch,comdat\n" \
-      ".weak mpkernels_fibres_switch\n"                                                            \
-      ".hidden mpkernels_fibres_switch\n"                                                          \
-      ".type mpkernels_fibres_switch,%function\n"                                                  \
-      ".p2align 4\n"                                                                               \
-      "mpkernels_fibres_switch:\n" body                                                            \
-      ".size mpkernels_fibres_switch,.-mpkernels_fibres_switch\n"                                  \
+      ".weak mpkernels_fibres_switch\n"                                                               \
+      ".hidden mpkernels_fibres_switch\n"                                                             \
+      ".type mpkernels_fibres_switch,%function\n"                                                     \
+      ".p2align 4\n"                                                                                  \
+      "mpkernels_fibres_switch:\n" body                                                               \
+      ".size mpkernels_fibres_switch,.-mpkernels_fibres_switch\n"                                     \
       ".popsection\n")
 
 #if defined(__x86_64__)
@@ -70,135 +70,135 @@ MPKERNELS_FIBRES_ASSEMBLY(
 namespace mpkernels {
 namespace fibres __attribute__((visibility("hidden"))) {
 
-struct Stack {
-  char* low = nullptr;  // the guard page lies below
-  std::size_t size = 0;
-};
+  struct Stack {
+    char* low = nullptr;  // the guard page lies below
+    std::size_t size = 0;
+  };
 
-// Stacks are kept between launches: making one costs system calls and page faults.
-class StackPool {
- public:
-  // Never destroyed, because a launch may run while static objects are being destroyed.
-  static StackPool& instance() {
-    static StackPool* pool = new StackPool;
-    return *pool;
-  }
-
-  std::vector<Stack> acquire(std::size_t count, std::size_t size) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (size != size_) {  // only when the environment changed
-      for (const Stack& stack : free_) release_memory(stack);
-      free_.clear();
-      size_ = size;
+  // Stacks are kept between launches: making one costs system calls and page faults.
+  class StackPool {
+   public:
+    // Never destroyed, because a launch may run while static objects are being destroyed.
+    static StackPool& instance() {
+      static StackPool* pool = new StackPool;
+      return *pool;
     }
-    while (free_.size() < count) free_.push_back(allocate(size));
-    std::vector<Stack> stacks(free_.end() - static_cast<std::ptrdiff_t>(count), free_.end());
-    free_.resize(free_.size() - count);
-    return stacks;
-  }
 
-  void release(const std::vector<Stack>& stacks) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const Stack& stack : stacks) {
-      if (stack.size == size_) {
-        free_.push_back(stack);
-      } else {
-        release_memory(stack);
+    std::vector<Stack> acquire(std::size_t count, std::size_t size) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (size != size_) {  // only when the environment changed
+        for (const Stack& stack : free_) release_memory(stack);
+        free_.clear();
+        size_ = size;
+      }
+      while (free_.size() < count) free_.push_back(allocate(size));
+      std::vector<Stack> stacks(free_.end() - static_cast<std::ptrdiff_t>(count), free_.end());
+      free_.resize(free_.size() - count);
+      return stacks;
+    }
+
+    void release(const std::vector<Stack>& stacks) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (const Stack& stack : stacks) {
+        if (stack.size == size_) {
+          free_.push_back(stack);
+        } else {
+          release_memory(stack);
+        }
       }
     }
-  }
 
- private:
-  static std::size_t page_size() {
-    static const std::size_t size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-    return size;
-  }
+   private:
+    static std::size_t page_size() {
+      static const std::size_t size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+      return size;
+    }
 
-  static Stack allocate(std::size_t size) {
-    const std::size_t guard = page_size();
-    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    void* memory = mmap(nullptr, size + guard, PROT_READ | PROT_WRITE, flags, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, guard, PROT_NONE);
-    return {static_cast<char*>(memory) + guard, size};
-  }
+    static Stack allocate(std::size_t size) {
+      const std::size_t guard = page_size();
+      const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+      void* memory = mmap(nullptr, size + guard, PROT_READ | PROT_WRITE, flags, -1, 0);
+      if (memory == MAP_FAILED) throw std::bad_alloc();
+      mprotect(memory, guard, PROT_NONE);
+      return {static_cast<char*>(memory) + guard, size};
+    }
 
-  static void release_memory(const Stack& stack) { munmap(stack.low - page_size(), stack.size + page_size()); }
+    static void release_memory(const Stack& stack) { munmap(stack.low - page_size(), stack.size + page_size()); }
 
-  std::mutex mutex_;
-  std::vector<Stack> free_;
-  std::size_t size_ = 0;
-};
+    std::mutex mutex_;
+    std::vector<Stack> free_;
+    std::size_t size_ = 0;
+  };
 
-// A place where execution stopped: the OS thread's own stack (default constructed), or a fibre (after `start`).
-class Context {
- public:
-  // The first switch to this context calls entry(), which must never return. Stacks of neighbours start at different
-  // offsets in a page (colour), or they would compete for the same few cache lines.
-  void start(const Stack& stack, void (*entry)(), unsigned colour) {
-    bounds_.low = stack.low;
-    bounds_.size = stack.size;
-    char* top = stack.low + stack.size - 64 * (colour % 64);
+  // A place where execution stopped: the OS thread's own stack (default constructed), or a fibre (after `start`).
+  class Context {
+   public:
+    // The first switch to this context calls entry(), which must never return. Stacks of neighbours start at different
+    // offsets in a page (colour), or they would compete for the same few cache lines.
+    void start(const Stack& stack, void (*entry)(), unsigned colour) {
+      bounds_.low = stack.low;
+      bounds_.size = stack.size;
+      char* top = stack.low + stack.size - 64 * (colour % 64);
 #if defined(MPKERNELS_FIBRES_USE_UCONTEXT)
-    getcontext(&context_);
-    context_.uc_stack.ss_sp = stack.low;
-    context_.uc_stack.ss_size = static_cast<std::size_t>(top - stack.low);
-    context_.uc_link = nullptr;
-    makecontext(&context_, entry, 0);
+      getcontext(&context_);
+      context_.uc_stack.ss_sp = stack.low;
+      context_.uc_stack.ss_size = static_cast<std::size_t>(top - stack.low);
+      context_.uc_link = nullptr;
+      makecontext(&context_, entry, 0);
 #elif defined(__x86_64__)
-    // What the switch pops: control words, six registers and a return address; above it a return address of zero,
-    // where stack traces end, which leaves the stack aligned as after a call.
-    std::uintptr_t frame[9] = {};
-    std::uint32_t control_words[2] = {};
-    asm volatile("stmxcsr %0" : "=m"(control_words[0]));
-    asm volatile("fnstcw %0" : "=m"(control_words[1]));
-    std::memcpy(&frame[0], control_words, sizeof(control_words));
-    frame[7] = reinterpret_cast<std::uintptr_t>(entry);
-    stack_pointer_ = top - sizeof(frame);
-    std::memcpy(stack_pointer_, frame, sizeof(frame));
+      // What the switch pops: control words, six registers and a return address; above it a return address of zero,
+      // where stack traces end, which leaves the stack aligned as after a call.
+      std::uintptr_t frame[9] = {};
+      std::uint32_t control_words[2] = {};
+      asm volatile("stmxcsr %0" : "=m"(control_words[0]));
+      asm volatile("fnstcw %0" : "=m"(control_words[1]));
+      std::memcpy(&frame[0], control_words, sizeof(control_words));
+      frame[7] = reinterpret_cast<std::uintptr_t>(entry);
+      stack_pointer_ = top - sizeof(frame);
+      std::memcpy(stack_pointer_, frame, sizeof(frame));
 #else
-    std::uint64_t frame[22] = {};
-    frame[11] = reinterpret_cast<std::uint64_t>(entry);  // x30, the return address
-    asm volatile("mrs %0, fpcr" : "=r"(frame[20]));
-    stack_pointer_ = top - sizeof(frame);
-    std::memcpy(stack_pointer_, frame, sizeof(frame));
+      std::uint64_t frame[22] = {};
+      frame[11] = reinterpret_cast<std::uint64_t>(entry);  // x30, the return address
+      asm volatile("mrs %0, fpcr" : "=r"(frame[20]));
+      stack_pointer_ = top - sizeof(frame);
+      std::memcpy(stack_pointer_, frame, sizeof(frame));
 #endif
-  }
+    }
 
-  // Stops here and continues `next`; returns when somebody switches back.
-  void switch_to(Context& next) {
-    sanitizers::before_switch(&fake_stack_, next.bounds_);
-    raw_switch(next);
-    sanitizers::after_switch(fake_stack_, nullptr);
-  }
+    // Stops here and continues `next`; returns when somebody switches back.
+    void switch_to(Context& next) {
+      sanitizers::before_switch(&fake_stack_, next.bounds_);
+      raw_switch(next);
+      sanitizers::after_switch(fake_stack_, nullptr);
+    }
 
-  // The first thing a new fibre does, naming the context that started it.
-  static void entered_from(Context& starter) { sanitizers::after_switch(nullptr, &starter.bounds_); }
+    // The first thing a new fibre does, naming the context that started it.
+    static void entered_from(Context& starter) { sanitizers::after_switch(nullptr, &starter.bounds_); }
 
-  // The last thing a fibre does.
-  [[noreturn]] void finish_and_switch_to(Context& next) {
-    sanitizers::before_switch(nullptr, next.bounds_);
-    raw_switch(next);
-    __builtin_unreachable();
-  }
+    // The last thing a fibre does.
+    [[noreturn]] void finish_and_switch_to(Context& next) {
+      sanitizers::before_switch(nullptr, next.bounds_);
+      raw_switch(next);
+      __builtin_unreachable();
+    }
 
- private:
-  void raw_switch(Context& next) {
+   private:
+    void raw_switch(Context& next) {
 #if defined(MPKERNELS_FIBRES_USE_UCONTEXT)
-    swapcontext(&context_, &next.context_);
+      swapcontext(&context_, &next.context_);
 #else
-    mpkernels_fibres_switch(&stack_pointer_, next.stack_pointer_);
+      mpkernels_fibres_switch(&stack_pointer_, next.stack_pointer_);
 #endif
-  }
+    }
 
 #if defined(MPKERNELS_FIBRES_USE_UCONTEXT)
-  ucontext_t context_;
+    ucontext_t context_;
 #else
-  void* stack_pointer_ = nullptr;
+    void* stack_pointer_ = nullptr;
 #endif
-  void* fake_stack_ = nullptr;  // AddressSanitizer's
-  sanitizers::StackBounds bounds_;
-};
+    void* fake_stack_ = nullptr;  // AddressSanitizer's
+    sanitizers::StackBounds bounds_;
+  };
 
 }  // namespace fibres
 }  // namespace mpkernels

@@ -26,47 +26,47 @@ extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*call
 
 namespace mpkernels {
 namespace fibres __attribute__((visibility("hidden"))) {
-namespace sanitizers {
+  namespace sanitizers {
 
-struct StackBounds {
-  const void* low = nullptr;
-  std::size_t size = 0;
-};
+  struct StackBounds {
+    const void* low = nullptr;
+    std::size_t size = 0;
+  };
 
-inline void before_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const StackBounds& next) {
+  inline void before_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const StackBounds& next) {
 #if defined(MPKERNELS_FIBRES_ADDRESS_SANITIZER)
-  __sanitizer_start_switch_fiber(fake_stack, next.low, next.size);
+    __sanitizer_start_switch_fiber(fake_stack, next.low, next.size);
 #endif
-}
+  }
 
-inline void after_switch([[maybe_unused]] void* fake_stack, [[maybe_unused]] StackBounds* previous) {
+  inline void after_switch([[maybe_unused]] void* fake_stack, [[maybe_unused]] StackBounds* previous) {
 #if defined(MPKERNELS_FIBRES_ADDRESS_SANITIZER)
-  __sanitizer_finish_switch_fiber(fake_stack, previous ? &previous->low : nullptr,
-                                  previous ? &previous->size : nullptr);
+    __sanitizer_finish_switch_fiber(fake_stack, previous ? &previous->low : nullptr,
+                                    previous ? &previous->size : nullptr);
 #endif
-}
+  }
 
-// Has `name_thread` called when a sanitizer has reported an error: after the report of AddressSanitizer, and before
-// the process ends on a report of UndefinedBehaviorSanitizer that is not recovered from.
-inline void call_on_report([[maybe_unused]] void (*name_thread)()) {
+  // Has `name_thread` called when a sanitizer has reported an error: after the report of AddressSanitizer, and before
+  // the process ends on a report of UndefinedBehaviorSanitizer that is not recovered from.
+  inline void call_on_report([[maybe_unused]] void (*name_thread)()) {
 #if defined(MPKERNELS_FIBRES_ADDRESS_SANITIZER)
-  static void (*reported)() = nullptr;
-  reported = name_thread;
-  __asan_set_error_report_callback([](const char*) { reported(); });
+    static void (*reported)() = nullptr;
+    reported = name_thread;
+    __asan_set_error_report_callback([](const char*) { reported(); });
 #endif
 #if defined(__linux__)
-  // gcc links a second runtime for UndefinedBehaviorSanitizer, whose function of this name is hidden by the first.
-  if (void* library = dlopen("libubsan.so.1", RTLD_LAZY | RTLD_NOLOAD)) {
-    using SetCallback = void (*)(void (*)());
-    if (auto set_callback = reinterpret_cast<SetCallback>(dlsym(library, "__sanitizer_set_death_callback"))) {
-      set_callback(name_thread);
+    // gcc links a second runtime for UndefinedBehaviorSanitizer, whose function of this name is hidden by the first.
+    if (void* library = dlopen("libubsan.so.1", RTLD_LAZY | RTLD_NOLOAD)) {
+      using SetCallback = void (*)(void (*)());
+      if (auto set_callback = reinterpret_cast<SetCallback>(dlsym(library, "__sanitizer_set_death_callback"))) {
+        set_callback(name_thread);
+      }
+    } else if (__sanitizer_set_death_callback) {
+      __sanitizer_set_death_callback(name_thread);
     }
-  } else if (__sanitizer_set_death_callback) {
-    __sanitizer_set_death_callback(name_thread);
-  }
 #endif
-}
+  }
 
-}  // namespace sanitizers
+  }  // namespace sanitizers
 }  // namespace fibres
 }  // namespace mpkernels

@@ -2,15 +2,31 @@
 // load from an address that would fault on a GPU. may_alias permits the usual reinterpret_cast from float*.
 #pragma once
 
-#define MPKERNELS_VECTOR_TYPES(name, type, alignment2, alignment4)                                             \
-  struct __attribute__((may_alias)) name##1 { type x; };                                                       \
-  struct __attribute__((may_alias, aligned(alignment2))) name##2 { type x, y; };                               \
-  struct __attribute__((may_alias)) name##3 { type x, y, z; };                                                 \
-  struct __attribute__((may_alias, aligned(alignment4))) name##4 { type x, y, z, w; };                         \
-  constexpr name##1 make_##name##1(type x) { return {x}; }                                                     \
-  constexpr name##2 make_##name##2(type x, type y) { return {x, y}; }                                          \
-  constexpr name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                               \
-  constexpr name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+#define MPKERNELS_VECTOR_TYPES(name, type, alignment2, alignment4)   \
+  struct __attribute__((may_alias)) name##1 {                        \
+    type x;                                                          \
+  };                                                                 \
+  struct __attribute__((may_alias, aligned(alignment2))) name##2 {   \
+    type x, y;                                                       \
+  };                                                                 \
+  struct __attribute__((may_alias)) name##3 {                        \
+    type x, y, z;                                                    \
+  };                                                                 \
+  struct __attribute__((may_alias, aligned(alignment4))) name##4 {   \
+    type x, y, z, w;                                                 \
+  };                                                                 \
+  constexpr name##1 make_##name##1(type x) {                         \
+    return {x};                                                      \
+  }                                                                  \
+  constexpr name##2 make_##name##2(type x, type y) {                 \
+    return {x, y};                                                   \
+  }                                                                  \
+  constexpr name##3 make_##name##3(type x, type y, type z) {         \
+    return {x, y, z};                                                \
+  }                                                                  \
+  constexpr name##4 make_##name##4(type x, type y, type z, type w) { \
+    return {x, y, z, w};                                             \
+  }
 
 MPKERNELS_VECTOR_TYPES(char, signed char, 2, 4)
 MPKERNELS_VECTOR_TYPES(uchar, unsigned char, 2, 4)

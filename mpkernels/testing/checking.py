@@ -41,7 +41,7 @@ class Comparison:
 
 
 def compare(name: str, got: Tensor, reference: Tensor, gold: Tensor) -> Comparison:
-    """Compares ``got`` with ``gold`` (float64), allowed twice the error of ``reference`` (same dtype as ``got``) and a band."""
+    """Compares ``got`` with ``gold`` (float64), allowed twice the error of ``reference`` (same dtype) and a band."""
     if got.shape != gold.shape:
         return Comparison(name, float("inf"), 0.0, f"expected shape {tuple(gold.shape)}, got {tuple(got.shape)}")
     if got.dtype != reference.dtype:
@@ -57,7 +57,9 @@ def compare(name: str, got: Tensor, reference: Tensor, gold: Tensor) -> Comparis
     different = wide.isfinite() != gold.isfinite()
     if different.any():
         index = tuple(different.nonzero()[0].tolist())
-        return Comparison(name, float("inf"), bound, f"{wide[index].item()} at {index}, float64 gives {gold[index].item()}")
+        return Comparison(
+            name, float("inf"), bound, f"{wide[index].item()} at {index}, float64 gives {gold[index].item()}"
+        )
     return Comparison(name, _largest((wide - gold).nan_to_num(nan=0.0)), bound)
 
 
@@ -88,7 +90,9 @@ def gradients(
     }
     outputs = tuple(function(**(arguments | leaves)))
     generator = torch.Generator().manual_seed(seed)
-    seeds = [(torch.rand(x.shape, generator=generator, dtype=torch.float64) + 0.25).to(x.device, x.dtype) for x in outputs]
+    seeds = [
+        (torch.rand(x.shape, generator=generator, dtype=torch.float64) + 0.25).to(x.device, x.dtype) for x in outputs
+    ]
     pairs = [(x, g) for x, g in zip(outputs, seeds, strict=True) if x.requires_grad]
     if not pairs or not leaves:
         return outputs, {}

@@ -23,7 +23,9 @@ __global__ void missing_syncwarp_kernel(const int* values, int* results) {
 }
 
 // A result that depends on which block comes last.
-__global__ void block_race_kernel(int* results) { results[0] = blockIdx.x; }
+__global__ void block_race_kernel(int* results) {
+  results[0] = blockIdx.x;
+}
 
 __global__ void exited_before_barrier_kernel(int size) {
   if (int(threadIdx.x) >= size) return;
@@ -62,17 +64,25 @@ __global__ void ballot_meets_barrier_kernel(unsigned* sink) {
   }
 }
 
-__global__ void different_masks_kernel() { __syncwarp(threadIdx.x < 16 ? 0xffffffffu : 0xffff0000u); }
+__global__ void different_masks_kernel() {
+  __syncwarp(threadIdx.x < 16 ? 0xffffffffu : 0xffff0000u);
+}
 
-__global__ void not_in_own_mask_kernel(int* sink) { sink[threadIdx.x] = __shfl_sync(0x0000ffffu, 1, 0); }
+__global__ void not_in_own_mask_kernel(int* sink) {
+  sink[threadIdx.x] = __shfl_sync(0x0000ffffu, 1, 0);
+}
 
 __global__ void reads_outside_mask_kernel(int* sink) {
   if (threadIdx.x < 16) sink[threadIdx.x] = __shfl_sync(0x0000ffffu, 1, threadIdx.x == 3 ? 20 : 0);
 }
 
-__global__ void reads_missing_lane_kernel(int* sink) { sink[threadIdx.x] = __shfl_down_sync(0xffffffffu, 1, 8); }
+__global__ void reads_missing_lane_kernel(int* sink) {
+  sink[threadIdx.x] = __shfl_down_sync(0xffffffffu, 1, 8);
+}
 
-__global__ void bad_width_kernel(int* sink, int width) { sink[threadIdx.x] = __shfl_sync(0xffffffffu, 1, 0, width); }
+__global__ void bad_width_kernel(int* sink, int width) {
+  sink[threadIdx.x] = __shfl_sync(0xffffffffu, 1, 0, width);
+}
 
 __global__ void trap_kernel() {
   if (blockIdx.y == 1 && threadIdx.x == 3) __trap();
@@ -88,7 +98,9 @@ __global__ void empty_kernel() {}
 
 // Sizes and offsets come as arguments, so that no compiler sees the overrun.
 
-__global__ void global_overrun_kernel(float* values, int size) { values[blockIdx.x * blockDim.x + threadIdx.x] = size; }
+__global__ void global_overrun_kernel(float* values, int size) {
+  values[blockIdx.x * blockDim.x + threadIdx.x] = size;
+}
 
 __global__ void dynamic_shared_overrun_kernel(int offset) {
   MPKERNELS_DYNAMIC_SHARED(float, tile);
@@ -147,6 +159,8 @@ __global__ void unwinds_into_wait_kernel() {
   __syncthreads();
 }
 
-__global__ void nested_launch_kernel() { MPKERNELS_LAUNCH(empty_kernel, 1, 1, 0, nullptr); }
+__global__ void nested_launch_kernel() {
+  MPKERNELS_LAUNCH(empty_kernel, 1, 1, 0, nullptr);
+}
 
 #endif

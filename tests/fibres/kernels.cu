@@ -27,8 +27,8 @@ void launch_everything(void* memory, cudaStream_t stream) {
   MPKERNELS_LAUNCH(atomics_kernel, 2, 64, 0, stream, atomics, integers);
   MPKERNELS_LAUNCH(lock_kernel, 2, 64, 0, stream, atomics);
   MPKERNELS_LAUNCH(last_block_kernel, 9, 32, 0, stream, integers, integers, unsigned_integers, integers);
-  MPKERNELS_LAUNCH(copy4_kernel, 1, 32, 0, stream, static_cast<const float4*>(memory),
-                   static_cast<float4*>(memory), 32);
+  MPKERNELS_LAUNCH(copy4_kernel, 1, 32, 0, stream, static_cast<const float4*>(memory), static_cast<float4*>(memory),
+                   32);
   MPKERNELS_LAUNCH(functions_kernel, 1, 1, 0, stream, integers, floats);
   MPKERNELS_LAUNCH(barriers_kernel, 1, 256, 0, stream, 10);
 }

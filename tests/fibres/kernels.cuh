@@ -230,9 +230,13 @@ __global__ void copy4_kernel(const float4* input, float4* output, int64_t size) 
 
 __constant__ const float constant_factors[2] = {3.0f, 4.0f};
 
-__device__ __forceinline__ float device_norm(float x, float y) { return sqrtf(__fmaf_rn(x, x, y * y)); }
+__device__ __forceinline__ float device_norm(float x, float y) {
+  return sqrtf(__fmaf_rn(x, x, y * y));
+}
 
-MPKERNELS_HOST_DEVICE inline float host_device_square(float x) { return x * x; }
+MPKERNELS_HOST_DEVICE inline float host_device_square(float x) {
+  return x * x;
+}
 
 __global__ void functions_kernel(int* integers, float* floats) {
   assert(blockDim.x == 1);

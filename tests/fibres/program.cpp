@@ -1,9 +1,9 @@
 // The test program: `program check NAME` runs kernels and compares them with closed forms, `program fault NAME` runs a
 // broken kernel and prints the error, `program list` prints the names. test_fibres.py runs it, or loads it as a
 // library.
+#include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <chrono>
 #include <limits>
 #include <set>
 #include <string>
@@ -28,12 +28,12 @@ struct Register {
   Register(const char* kind, const char* name, Function function) { entries().push_back({kind, name, function}); }
 };
 
-#define CHECK(name)                                  \
-  void check_##name();                               \
+#define CHECK(name)                                              \
+  void check_##name();                                           \
   const Register register_##name("check", #name, &check_##name); \
   void check_##name()
-#define FAULT(name)                                  \
-  void fault_##name();                               \
+#define FAULT(name)                                                    \
+  void fault_##name();                                                 \
   const Register register_fault_##name("fault", #name, &fault_##name); \
   void fault_##name()
 
@@ -88,11 +88,21 @@ void check_shuffles() {
   }
 }
 
-CHECK(shuffles_int) { check_shuffles<int>(); }
-CHECK(shuffles_unsigned) { check_shuffles<unsigned>(); }
-CHECK(shuffles_long_long) { check_shuffles<long long>(); }
-CHECK(shuffles_float) { check_shuffles<float>(); }
-CHECK(shuffles_double) { check_shuffles<double>(); }
+CHECK(shuffles_int) {
+  check_shuffles<int>();
+}
+CHECK(shuffles_unsigned) {
+  check_shuffles<unsigned>();
+}
+CHECK(shuffles_long_long) {
+  check_shuffles<long long>();
+}
+CHECK(shuffles_float) {
+  check_shuffles<float>();
+}
+CHECK(shuffles_double) {
+  check_shuffles<double>();
+}
 
 CHECK(votes) {
   std::vector<unsigned> results(13 * 32);
@@ -100,9 +110,19 @@ CHECK(votes) {
   for (unsigned lane = 0; lane < 32; ++lane) {
     unsigned same_remainder = 0;
     for (unsigned other = lane % 5; other < 32; other += 5) same_remainder |= 1u << other;
-    const unsigned expected[13] = {
-        0x49249249u, 1, 1, same_remainder, lane % 2 ? 0xaaaaaaaau : 0x55555555u, 0xffffffffu, 0,
-        unsigned(-16), unsigned(-16), 0xffffffffu, 0xf0, 0xffff, 0xffffffffu};
+    const unsigned expected[13] = {0x49249249u,
+                                   1,
+                                   1,
+                                   same_remainder,
+                                   lane % 2 ? 0xaaaaaaaau : 0x55555555u,
+                                   0xffffffffu,
+                                   0,
+                                   unsigned(-16),
+                                   unsigned(-16),
+                                   0xffffffffu,
+                                   0xf0,
+                                   0xffff,
+                                   0xffffffffu};
     for (int row = 0; row < 13; ++row) {
       expect_equal(results[row * 32 + lane], expected[row], "row " + std::to_string(row));
     }
@@ -257,30 +277,72 @@ int* sink() {
   return memory.data();
 }
 
-FAULT(exited_before_barrier) { MPKERNELS_LAUNCH(exited_before_barrier_kernel, dim3(1, 2), 64, 0, nullptr, 40); }
-FAULT(two_barriers) { MPKERNELS_LAUNCH(two_barriers_kernel, 1, 64, 0, nullptr, sink()); }
-FAULT(two_kinds_of_barrier) { MPKERNELS_LAUNCH(two_kinds_of_barrier_kernel, 1, dim3(8, 2), 0, nullptr, sink()); }
-FAULT(shuffle_from_exited) { MPKERNELS_LAUNCH(shuffle_from_exited_kernel, 1, 64, 0, nullptr, sink()); }
+FAULT(exited_before_barrier) {
+  MPKERNELS_LAUNCH(exited_before_barrier_kernel, dim3(1, 2), 64, 0, nullptr, 40);
+}
+FAULT(two_barriers) {
+  MPKERNELS_LAUNCH(two_barriers_kernel, 1, 64, 0, nullptr, sink());
+}
+FAULT(two_kinds_of_barrier) {
+  MPKERNELS_LAUNCH(two_kinds_of_barrier_kernel, 1, dim3(8, 2), 0, nullptr, sink());
+}
+FAULT(shuffle_from_exited) {
+  MPKERNELS_LAUNCH(shuffle_from_exited_kernel, 1, 64, 0, nullptr, sink());
+}
 FAULT(ballot_meets_barrier) {
   MPKERNELS_LAUNCH(ballot_meets_barrier_kernel, 1, 32, 0, nullptr, reinterpret_cast<unsigned*>(sink()));
 }
-FAULT(different_masks) { MPKERNELS_LAUNCH(different_masks_kernel, 1, 32, 0, nullptr); }
-FAULT(not_in_own_mask) { MPKERNELS_LAUNCH(not_in_own_mask_kernel, 1, 32, 0, nullptr, sink()); }
-FAULT(reads_outside_mask) { MPKERNELS_LAUNCH(reads_outside_mask_kernel, 1, 32, 0, nullptr, sink()); }
-FAULT(reads_missing_lane) { MPKERNELS_LAUNCH(reads_missing_lane_kernel, 1, dim3(4, 5), 0, nullptr, sink()); }
-FAULT(bad_width) { MPKERNELS_LAUNCH(bad_width_kernel, 1, 32, 0, nullptr, sink(), 12); }
-FAULT(trap) { MPKERNELS_LAUNCH(trap_kernel, dim3(2, 2), 8, 0, nullptr); }
-FAULT(assertion) { MPKERNELS_LAUNCH(assertion_kernel, 1, 8, 0, nullptr, 6); }
-FAULT(throws_standard) { MPKERNELS_LAUNCH(throws_kernel, 3, 8, 0, nullptr, true); }
-FAULT(throws_other) { MPKERNELS_LAUNCH(throws_kernel, 3, 8, 0, nullptr, false); }
-FAULT(unwinds_into_wait) { MPKERNELS_LAUNCH(unwinds_into_wait_kernel, 1, 64, 0, nullptr); }
-FAULT(nested_launch) { MPKERNELS_LAUNCH(nested_launch_kernel, 1, 1, 0, nullptr); }
-FAULT(barrier_outside_kernel) { __syncthreads(); }
-FAULT(too_many_threads) { MPKERNELS_LAUNCH(empty_kernel, 1, dim3(32, 33), 0, nullptr); }
-FAULT(empty_grid) { MPKERNELS_LAUNCH(empty_kernel, dim3(1, 0), 32, 0, nullptr); }
-FAULT(empty_block) { MPKERNELS_LAUNCH(empty_kernel, 1, 0, 0, nullptr); }
-FAULT(too_deep_block) { MPKERNELS_LAUNCH(empty_kernel, 1, dim3(1, 1, 65), 0, nullptr); }
-FAULT(too_much_dynamic_shared) { MPKERNELS_LAUNCH(empty_kernel, 1, 32, 227 * 1024 + 1, nullptr); }
+FAULT(different_masks) {
+  MPKERNELS_LAUNCH(different_masks_kernel, 1, 32, 0, nullptr);
+}
+FAULT(not_in_own_mask) {
+  MPKERNELS_LAUNCH(not_in_own_mask_kernel, 1, 32, 0, nullptr, sink());
+}
+FAULT(reads_outside_mask) {
+  MPKERNELS_LAUNCH(reads_outside_mask_kernel, 1, 32, 0, nullptr, sink());
+}
+FAULT(reads_missing_lane) {
+  MPKERNELS_LAUNCH(reads_missing_lane_kernel, 1, dim3(4, 5), 0, nullptr, sink());
+}
+FAULT(bad_width) {
+  MPKERNELS_LAUNCH(bad_width_kernel, 1, 32, 0, nullptr, sink(), 12);
+}
+FAULT(trap) {
+  MPKERNELS_LAUNCH(trap_kernel, dim3(2, 2), 8, 0, nullptr);
+}
+FAULT(assertion) {
+  MPKERNELS_LAUNCH(assertion_kernel, 1, 8, 0, nullptr, 6);
+}
+FAULT(throws_standard) {
+  MPKERNELS_LAUNCH(throws_kernel, 3, 8, 0, nullptr, true);
+}
+FAULT(throws_other) {
+  MPKERNELS_LAUNCH(throws_kernel, 3, 8, 0, nullptr, false);
+}
+FAULT(unwinds_into_wait) {
+  MPKERNELS_LAUNCH(unwinds_into_wait_kernel, 1, 64, 0, nullptr);
+}
+FAULT(nested_launch) {
+  MPKERNELS_LAUNCH(nested_launch_kernel, 1, 1, 0, nullptr);
+}
+FAULT(barrier_outside_kernel) {
+  __syncthreads();
+}
+FAULT(too_many_threads) {
+  MPKERNELS_LAUNCH(empty_kernel, 1, dim3(32, 33), 0, nullptr);
+}
+FAULT(empty_grid) {
+  MPKERNELS_LAUNCH(empty_kernel, dim3(1, 0), 32, 0, nullptr);
+}
+FAULT(empty_block) {
+  MPKERNELS_LAUNCH(empty_kernel, 1, 0, 0, nullptr);
+}
+FAULT(too_deep_block) {
+  MPKERNELS_LAUNCH(empty_kernel, 1, dim3(1, 1, 65), 0, nullptr);
+}
+FAULT(too_much_dynamic_shared) {
+  MPKERNELS_LAUNCH(empty_kernel, 1, 32, 227 * 1024 + 1, nullptr);
+}
 FAULT(most_dynamic_shared_is_fine) {
   MPKERNELS_LAUNCH(empty_kernel, 1, 1024, 227 * 1024, nullptr);
   throw std::runtime_error("the launch was accepted");
@@ -291,11 +353,15 @@ FAULT(global_overrun) {
   MPKERNELS_LAUNCH(global_overrun_kernel, 2, dim3(32), 0, nullptr, values, 40);
   delete[] values;
 }
-FAULT(dynamic_shared_overrun) { MPKERNELS_LAUNCH(dynamic_shared_overrun_kernel, dim3(1, 1, 2), 32, 128, nullptr, 1); }
+FAULT(dynamic_shared_overrun) {
+  MPKERNELS_LAUNCH(dynamic_shared_overrun_kernel, dim3(1, 1, 2), 32, 128, nullptr, 1);
+}
 FAULT(static_shared_overrun) {
   MPKERNELS_LAUNCH(static_shared_overrun_kernel, 1, 32, 0, nullptr, reinterpret_cast<float*>(sink()), 2);
 }
-FAULT(stack_overrun) { MPKERNELS_LAUNCH(stack_overrun_kernel, 1, 4, 0, nullptr, reinterpret_cast<float*>(sink()), 6); }
+FAULT(stack_overrun) {
+  MPKERNELS_LAUNCH(stack_overrun_kernel, 1, 4, 0, nullptr, reinterpret_cast<float*>(sink()), 6);
+}
 FAULT(signed_overflow) {
   MPKERNELS_LAUNCH(signed_overflow_kernel, 1, 32, 0, nullptr, sink(), std::numeric_limits<int>::max() - 8);
 }
@@ -318,11 +384,13 @@ void print_races() {
   const bool barrier = neighbours_are_right(
       [](const int* values, int* results) {
         MPKERNELS_LAUNCH(missing_barrier_kernel, 1, 256, 0, nullptr, values, results);
-      }, 256, -1);
+      },
+      256, -1);
   const bool syncwarp = neighbours_are_right(
       [](const int* values, int* results) {
         MPKERNELS_LAUNCH(missing_syncwarp_kernel, 1, 32, 0, nullptr, values, results);
-      }, 32, 1);
+      },
+      32, 1);
   int last = -1;
   MPKERNELS_LAUNCH(block_race_kernel, 10, 32, 0, nullptr, &last);
   std::printf("missing_barrier=%d missing_syncwarp=%d last_block=%d\n", barrier, syncwarp, last);

@@ -13,6 +13,8 @@ With G_i = dL/dw_i taken with the other weights fixed, and the linear recurrence
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,17 +50,20 @@ def behind(alpha: Tensor, passed: Tensor, gains: Tensor) -> Tensor:
 
 
 def composite_gradient(
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    densities: Tensor,
-    values: Tensor,
-    t_starts: Tensor,
-    t_ends: Tensor | None,
-    packed_info: Tensor | None,
-    background: Tensor | None,
-    early_stop_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of (densities, values, t_starts, t_ends, background); shapes as in schema.py."""
+    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], early_stop_eps: float
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (densities, values, t_starts, t_ends, background); None for those that are not given.
+
+    Args:
+        gradients: of (values, opacity, depth, weights), None for zeros.
+        inputs: (densities, values, t_starts, t_ends, packed_info, background), shapes as in schema.py.
+        early_stop_eps: as in the op.
+    """
     grad_values, grad_opacity, grad_depth, grad_weights = gradients
+    densities, values, t_starts, t_ends, packed_info, background = inputs
+    assert densities is not None
+    assert values is not None
+    assert t_starts is not None
     if packed_info is not None:
         inside, index = _padding(packed_info)
 
@@ -66,20 +71,21 @@ def composite_gradient(
             if x is None:
                 return None
             mask = inside.reshape(inside.shape + (1,) * (x.dim() - 1))
-            return torch.where(mask, x[index], x.new_zeros(())) if x.shape[0] else x.new_zeros(index.shape + x.shape[1:])
+            return (
+                torch.where(mask, x[index], x.new_zeros(())) if x.shape[0] else x.new_zeros(index.shape + x.shape[1:])
+            )
 
+        samples = (densities, values, t_starts, t_ends)
         padded = composite_gradient(
             (grad_values, grad_opacity, grad_depth, pad(grad_weights)),
-            *(pad(x) for x in (densities, values, t_starts, t_ends)),  # pyright: ignore[reportArgumentType]
-            None,
-            background,
+            (*(pad(x) for x in samples), None, background),
             early_stop_eps,
         )
         packed = [
-            None if x is None else torch.zeros_like(like).index_put((index[inside],), x[inside])
-            for x, like in zip(padded[:4], (densities, values, t_starts, t_ends), strict=True)
+            None if x is None or like is None else torch.zeros_like(like).index_put((index[inside],), x[inside])
+            for x, like in zip(padded[:4], samples, strict=True)
         ]
-        return (*packed, padded[4])  # pyright: ignore[reportReturnType]
+        return (*packed, padded[4])
 
     def forward_parts(densities: Tensor, t_starts: Tensor, t_ends: Tensor | None):
         if t_ends is None:
@@ -140,8 +146,10 @@ def composite_gradient(
     if alive is None:
         return found
     mask = (alive, alive[..., None], alive, alive)
-    masked = [None if x is None else torch.where(m, x, torch.zeros_like(x)) for x, m in zip(found[:4], mask, strict=True)]
-    return (*masked, found[4])  # pyright: ignore[reportReturnType]
+    masked = [
+        None if x is None else torch.where(m, x, torch.zeros_like(x)) for x, m in zip(found[:4], mask, strict=True)
+    ]
+    return (*masked, found[4])
 
 
 def _padding(packed_info: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def composite(sigmas, values, t_starts, t_ends, packed_info=None, background=None, early_stop_eps=0.0):
-    """The usual lines of a NeRF script: exp, a cumulative product, three weighted sums (packed: nerfacc's scatter sums)."""
+    """The usual lines of a NeRF script: exp, a cumulative product, three weighted sums (packed: scatter sums)."""
     deltas = t_ends - t_starts
     midpoints = (t_starts + t_ends) / 2
     if packed_info is not None:

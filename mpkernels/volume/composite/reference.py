@@ -9,7 +9,7 @@ Emission-absorption rendering (Max 1995, "Optical models for direct volume rende
     value   = sum_i w_i c_i + (1 - sum_i w_i) background
     depth   = sum_i w_i (t_start_i + t_end_i) / 2
 
-A ray stops in front of the first sample with T_i < early_stop_eps: the samples behind have weight 0, whatever they hold.
+A ray stops in front of the first sample with T_i < early_stop_eps: samples behind have weight 0, whatever they hold.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ def composite(
     if packed_info is not None:
         return _composite_packed(densities, values, t_starts, t_ends, packed_info, background, early_stop_eps)
 
-    samples = densities.shape[-1]
-    transmittance = torch.ones_like(densities[..., 0]) if samples else densities.new_ones(densities.shape[:-1])
+    transmittance = torch.ones(densities.shape[:-1], dtype=densities.dtype, device=densities.device)
     alive = torch.ones_like(transmittance, dtype=torch.bool)
-    value = torch.zeros_like(values[..., 0, :]) if samples else values.new_zeros(values.shape[:-2] + values.shape[-1:])
+    value = values.new_zeros(values.shape[:-2] + values.shape[-1:])
     opacity = torch.zeros_like(transmittance)
     depth = torch.zeros_like(transmittance)
     weights = []
 
-    for i in range(samples):
+    ends = [None] * densities.shape[-1] if t_ends is None else t_ends.unbind(-1)
+    for density, color, start, end in zip(
+        densities.unbind(-1), values.unbind(-2), t_starts.unbind(-1), ends, strict=True
+    ):
         if early_stop_eps > 0:
             alive = alive & (transmittance >= early_stop_eps)
-        density = _where_alive(alive, densities[..., i])
-        color = _where_alive(alive[..., None], values[..., i, :])
-        start = _where_alive(alive, t_starts[..., i])
-        if t_ends is None:
+        density, start = _where_alive(alive, density), _where_alive(alive, start)
+        color = _where_alive(alive[..., None], color)
+        if end is None:
             alpha, passed, position = density, 1 - density, start
         else:
-            end = _where_alive(alive, t_ends[..., i])
+            end = _where_alive(alive, end)
             # an infinite density counts as the largest finite one: it absorbs nothing over an empty interval
             optical_depth = density.clamp(max=torch.finfo(density.dtype).max) * (end - start)
             alpha, passed, position = -torch.expm1(-optical_depth), torch.exp(-optical_depth), (start + end) / 2

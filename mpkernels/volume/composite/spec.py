@@ -79,7 +79,9 @@ def _expanded(arguments: dict) -> None:
     arguments["values"] = arguments["values"][:1].expand_as(arguments["values"])
 
 
-def _packed(counts: list[int], *, starts: list[int] | None = None, total: int | None = None, channels: int = 3, **settings):
+def _packed(
+    counts: list[int], *, starts: list[int] | None = None, total: int | None = None, channels: int = 3, **settings
+):
     """Packed rays; by default one after another."""
 
     def make(dtype, device, generator):
@@ -144,25 +146,25 @@ def _empty_intervals(arguments: dict) -> None:
 _CASES = (
     Case("one ray of 8 samples", _dense(1, 8, background="one"), second_order=True),
     Case("typical", _dense(64, 48, background="one")),
-    Case("a background a ray", _dense(7, 16, background="each"), second_order=True),
+    Case("a background a ray", _dense(3, 5, background="each"), second_order=True),
     Case("odd sizes", _dense(5, 123, channels=1)),
     Case("one sample", _dense(3, 1, background="one"), second_order=True),
     Case("one ray without a batch dimension", _dense(19, background="one")),
     Case("batch dimensions", _dense(2, 3, 17, background="each")),
     Case("two channels", _dense(6, 33, channels=2)),
     Case("four channels", _dense(6, 33, channels=4, background="each")),
-    Case("five channels", _dense(4, 21, channels=5, background="one"), second_order=True),
+    Case("five channels", _dense(2, 5, channels=5, background="one"), second_order=True),
     Case("a feature vector of 37", _dense(3, 20, channels=37, background="each")),
     Case("no rays", _dense(0, 8, background="one")),
     Case("no samples", _dense(4, 0, background="one")),
-    Case("a long ray", _dense(2, 2500, density=0.5)),
+    Case("a long ray", _dense(2, 1100, density=0.5)),
     Case("strided", _changed(_dense(9, 21, background="each"), _strided)),
     Case("expanded", _changed(_dense(9, 21, background="one"), _expanded)),
-    Case("transparent", _changed(_dense(4, 19, background="one"), _set("sigmas", slice(None), 0.0)), second_order=True),
-    Case("opaque at once", _changed(_dense(4, 19, background="one"), _set("sigmas", (..., 0), 1e4)), second_order=True),
+    Case("transparent", _changed(_dense(2, 6, background="one"), _set("sigmas", slice(None), 0.0)), second_order=True),
+    Case("opaque at once", _changed(_dense(2, 6, background="one"), _set("sigmas", (..., 0), 1e4)), second_order=True),
     Case("opaque inside", _changed(_dense(4, 40, background="one"), _set("sigmas", (..., 17), 6e4))),
     Case("infinite density", _changed(_dense(4, 19, background="one"), _set("sigmas", (..., 5), torch.inf))),
-    Case("empty intervals", _changed(_dense(4, 19, background="one"), _empty_intervals), second_order=True),
+    Case("empty intervals", _changed(_dense(2, 6, background="one"), _empty_intervals), second_order=True),
     Case("early stop", _early_stop(nan=False)),
     Case("NaN behind an early stop", _early_stop(nan=True)),
     Case("packed", _packed([5, 0, 17, 1, 0, 64, 33, 0], channels=3)),
@@ -215,30 +217,117 @@ _PACKED = _packed([3, 5], total=8)
 _BAD = (
     BadInput("sigmas is no tensor", _bad(_replace("sigmas", lambda x: x.tolist())), TypeError, "sigmas.*Tensor.*list"),
     BadInput("integer sigmas", _bad(_replace("sigmas", lambda x: x.long())), TypeError, "sigmas.*floating.*int64"),
-    BadInput("scalar sigmas", _bad(_replace("sigmas", lambda x: x[0, 0]), _dense(4, 8)), ValueError, "t_ends.*expected shape"),
-    BadInput("values too short", _bad(_replace("values", lambda x: x[:, :-1])), ValueError, r"values.*\(4, 8, 'C'\).*\(4, 7, 3\)"),
+    BadInput(
+        "scalar sigmas", _bad(_replace("sigmas", lambda x: x[0, 0]), _dense(4, 8)), ValueError, "t_ends.*expected shape"
+    ),
+    BadInput(
+        "values too short",
+        _bad(_replace("values", lambda x: x[:, :-1])),
+        ValueError,
+        r"values.*\(4, 8, 'C'\).*\(4, 7, 3\)",
+    ),
     BadInput("values without channels", _bad(_replace("values", lambda x: x[..., 0])), ValueError, r"values.*\(4, 8\)"),
     BadInput("values of no channels", _bad(_replace("values", lambda x: x[..., :0])), ValueError, r"values.*C >= 1"),
-    BadInput("t_starts too long", _bad(_replace("t_starts", lambda x: x.repeat(1, 2))), ValueError, r"t_starts.*\(4, 8\).*\(4, 16\)"),
+    BadInput(
+        "t_starts too long",
+        _bad(_replace("t_starts", lambda x: x.repeat(1, 2))),
+        ValueError,
+        r"t_starts.*\(4, 8\).*\(4, 16\)",
+    ),
     BadInput("t_ends of one ray", _bad(_replace("t_ends", lambda x: x[0])), ValueError, r"t_ends.*\(4, 8\).*\(8,\)"),
-    BadInput("values of another dtype", _bad(_replace("values", lambda x: x.double())), TypeError, "values.*float32.*float64"),
-    BadInput("t_ends of another device", _bad(_replace("t_ends", lambda x: x.to("meta"))), ValueError, "t_ends.*device.*meta"),
-    BadInput("background of 4 channels", _bad(_replace("background", lambda x: torch.ones(4))), ValueError, r"background.*\(3,\)"),
-    BadInput("negative early_stop_eps", _bad(_replace("early_stop_eps", lambda _: -0.1)), ValueError, r"early_stop_eps.*\[0, 1\).*-0.1"),
-    BadInput("early_stop_eps NaN", _bad(_replace("early_stop_eps", lambda _: float("nan"))), ValueError, "early_stop_eps"),
-    BadInput("early_stop_eps a string", _bad(_replace("early_stop_eps", lambda _: "1")), TypeError, "early_stop_eps.*str"),
-    BadInput("unknown backend", _bad(_replace("backend", lambda _: "cudnn")), ValueError, "backend.*'reference'.*'cudnn'"),
-    BadInput("packed_info of int32", _bad(_replace("packed_info", lambda x: x.int()), _PACKED), TypeError, "packed_info.*int64.*int32"),
-    BadInput("packed_info of floats", _bad(_replace("packed_info", lambda x: x.float()), _PACKED), TypeError, "packed_info.*int64"),
-    BadInput("packed_info no tensor", _bad(_replace("packed_info", lambda x: x.tolist()), _PACKED), TypeError, "packed_info.*list"),
-    BadInput("packed_info of one column", _bad(_replace("packed_info", lambda x: x[:, :1]), _PACKED), ValueError, r"packed_info.*\(R, 2\).*\(2, 1\)"),
-    BadInput("packed_info past the end", _bad(_replace("packed_info", lambda x: x + torch.tensor([1, 0])), _PACKED), ValueError, r"packed_info.*<= 8.*\[4, 5\] for ray 1"),
-    BadInput("packed_info negative", _bad(_replace("packed_info", lambda x: -x), _PACKED), ValueError, "packed_info.*0 <= start"),
-    BadInput("packed_info huge", _bad(_replace("packed_info", lambda x: x + 2**62), _PACKED), ValueError, "packed_info.*expected 0 <= start"),
-    BadInput("packed_info overlaps", _bad(_replace("packed_info", lambda x: torch.tensor([[0, 4], [3, 5]])), _PACKED), ValueError, "packed_info.*overlap.*ray 0.*ray 1"),
-    BadInput("packed_info overlaps around an empty ray", _bad(_replace("packed_info", lambda x: torch.tensor([[0, 4], [8, 0], [3, 5]])), _PACKED), ValueError, "packed_info.*overlap.*ray 0.*ray 2"),
-    BadInput("packed_info overlaps, out of order", _bad(_replace("packed_info", lambda x: torch.tensor([[4, 4], [0, 5]])), _PACKED), ValueError, "packed_info.*overlap.*ray 1.*ray 0"),
-    BadInput("packed_info with dense rays", _bad(_replace("packed_info", lambda _: torch.tensor([[0, 8]]))), ValueError, r"sigmas.*\(N,\).*\(4, 8\)"),
+    BadInput(
+        "values of another dtype", _bad(_replace("values", lambda x: x.double())), TypeError, "values.*float32.*float64"
+    ),
+    BadInput(
+        "t_ends of another device", _bad(_replace("t_ends", lambda x: x.to("meta"))), ValueError, "t_ends.*device.*meta"
+    ),
+    BadInput(
+        "background of 4 channels",
+        _bad(_replace("background", lambda x: torch.ones(4))),
+        ValueError,
+        r"background.*\(3,\)",
+    ),
+    BadInput(
+        "negative early_stop_eps",
+        _bad(_replace("early_stop_eps", lambda _: -0.1)),
+        ValueError,
+        r"early_stop_eps.*\[0, 1\).*-0.1",
+    ),
+    BadInput(
+        "early_stop_eps NaN", _bad(_replace("early_stop_eps", lambda _: float("nan"))), ValueError, "early_stop_eps"
+    ),
+    BadInput(
+        "early_stop_eps a string", _bad(_replace("early_stop_eps", lambda _: "1")), TypeError, "early_stop_eps.*str"
+    ),
+    BadInput(
+        "unknown backend", _bad(_replace("backend", lambda _: "cudnn")), ValueError, "backend.*'reference'.*'cudnn'"
+    ),
+    BadInput(
+        "packed_info of int32",
+        _bad(_replace("packed_info", lambda x: x.int()), _PACKED),
+        TypeError,
+        "packed_info.*int64.*int32",
+    ),
+    BadInput(
+        "packed_info of floats",
+        _bad(_replace("packed_info", lambda x: x.float()), _PACKED),
+        TypeError,
+        "packed_info.*int64",
+    ),
+    BadInput(
+        "packed_info no tensor",
+        _bad(_replace("packed_info", lambda x: x.tolist()), _PACKED),
+        TypeError,
+        "packed_info.*list",
+    ),
+    BadInput(
+        "packed_info of one column",
+        _bad(_replace("packed_info", lambda x: x[:, :1]), _PACKED),
+        ValueError,
+        r"packed_info.*\(R, 2\).*\(2, 1\)",
+    ),
+    BadInput(
+        "packed_info past the end",
+        _bad(_replace("packed_info", lambda x: x + torch.tensor([1, 0])), _PACKED),
+        ValueError,
+        r"packed_info.*<= 8.*\[4, 5\] for ray 1",
+    ),
+    BadInput(
+        "packed_info negative",
+        _bad(_replace("packed_info", lambda x: -x), _PACKED),
+        ValueError,
+        "packed_info.*0 <= start",
+    ),
+    BadInput(
+        "packed_info huge",
+        _bad(_replace("packed_info", lambda x: x + 2**62), _PACKED),
+        ValueError,
+        "packed_info.*expected 0 <= start",
+    ),
+    BadInput(
+        "packed_info overlaps",
+        _bad(_replace("packed_info", lambda x: torch.tensor([[0, 4], [3, 5]])), _PACKED),
+        ValueError,
+        "packed_info.*overlap.*ray 0.*ray 1",
+    ),
+    BadInput(
+        "packed_info overlaps around an empty ray",
+        _bad(_replace("packed_info", lambda x: torch.tensor([[0, 4], [8, 0], [3, 5]])), _PACKED),
+        ValueError,
+        "packed_info.*overlap.*ray 0.*ray 2",
+    ),
+    BadInput(
+        "packed_info overlaps, out of order",
+        _bad(_replace("packed_info", lambda x: torch.tensor([[4, 4], [0, 5]])), _PACKED),
+        ValueError,
+        "packed_info.*overlap.*ray 1.*ray 0",
+    ),
+    BadInput(
+        "packed_info with dense rays",
+        _bad(_replace("packed_info", lambda _: torch.tensor([[0, 8]]))),
+        ValueError,
+        r"sigmas.*\(N,\).*\(4, 8\)",
+    ),
 )
 
 _RENAMED = {"sigmas": "alphas", "t_starts": "ts"}
@@ -298,9 +387,11 @@ def _cost(arguments: dict, backward: bool) -> Cost:
     Operations a sample, an exp counted as 12: forward 12 + 8 + 2 C, backward 12 + 14 + 4 C.
     """
     values = arguments["values"]
-    densities = arguments.get("sigmas", arguments.get("alphas"))
+    densities = arguments["sigmas"] if "sigmas" in arguments else arguments["alphas"]
     samples, channels, size = densities.numel(), values.shape[-1], values.element_size()
-    rays = arguments["packed_info"].shape[0] if arguments.get("packed_info") is not None else densities.shape[:-1].numel()
+    rays = (
+        arguments["packed_info"].shape[0] if arguments.get("packed_info") is not None else densities.shape[:-1].numel()
+    )
     read = 1 + channels + (2 if "t_ends" in arguments else 1)
     written = 1 + (channels if backward else 0)
     flops = samples * ((26 + 4 * channels) if backward else (20 + 2 * channels))

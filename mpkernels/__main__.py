@@ -1,0 +1,5 @@
+"""``python -m mpkernels`` is ``mpkernels``."""
+
+from mpkernels.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What ``mpkernels <command>`` runs, a file a command; :mod:`mpkernels.cli` declares their arguments."""

@@ -1,0 +1,521 @@
+"""Static resources of the compiled GPU kernels: registers, shared memory, spills. No GPU is needed.
+
+    python -m mpkernels.profiling.static            # compile every kernel, print the table
+    python -m mpkernels.profiling.static --write    # ... and record it in mpkernels/profiling/kernels.json
+
+compiles every Triton kernel of every spec and every ``csrc/<family>/*.cu`` for sm_80, sm_90 and sm_100 (those that
+the compilers know). Exit status: 0; 1 where a kernel does not compile or spills, with its name; 2 where a compiler
+is missing. Triton keeps its usual cache (``TRITON_CACHE_DIR``), so a second run compiles only what changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpkernels.profiling.toolchain import Nvcc, ToolchainError, require_nvcc
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mpkernels.spec import TritonKernel
+
+ARCHITECTURES = (80, 90, 100)  # A100, H100, B200
+TABLE = Path(__file__).with_name("kernels.json")
+REFRESH = "python -m mpkernels.profiling.static --write"
+WORKERS = 2
+
+_ABOUT = f"Static resources of every GPU kernel, as compiled; refresh with: {REFRESH}"
+_ROOT = Path(__file__).resolve().parents[2]
+
+# The stable ABI of torch 2.11 (see csrc/), as the CUDA library is built.
+_NVCC_FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler=-fPIC")
+
+_NVCC_TIMEOUT_S = 300
+
+Progress = Callable[[str, int, int], None]  # (what has finished, jobs finished, all jobs)
+
+
+class CompileError(RuntimeError):
+    """A kernel does not compile; the message is the compiler's."""
+
+
+@dataclass(frozen=True)
+class KernelResources:
+    """What one compiled kernel takes of a multiprocessor, on one architecture."""
+
+    kernel: str  # the spec's name (Triton), or the demangled C++ name without its arguments (CUDA)
+    backend: str  # "triton" or "cuda"
+    family: str
+    source: str  # relative to the repository
+    arch: str  # "sm_90"
+    registers: int  # a thread
+    shared_bytes: int  # a block; CUDA: static only, as the dynamic part is decided at the launch
+    spill_bytes: int  # a thread: CUDA: spill stores + loads; Triton: local memory, which it uses for nothing else
+    stack_bytes: int  # a thread: spills, and local arrays with an index unknown to the compiler
+    threads_per_block: int | None  # Triton: 32 * num_warps; CUDA: __launch_bounds__, or None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A kernel, or a file of kernels, that does not compile."""
+
+    kernel: str
+    arch: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The resources of all kernels, with the compilers that they come from."""
+
+    nvcc: str
+    triton: str
+    kernels: tuple[KernelResources, ...]
+    failures: tuple[Failure, ...] = ()
+
+    @property
+    def spilling(self) -> tuple[KernelResources, ...]:
+        """The kernels that spill registers to local memory."""
+        return tuple(kernel for kernel in self.kernels if kernel.spill_bytes > 0)
+
+    def problems(self) -> list[str]:
+        """A line for every kernel that does not compile, or spills."""
+        found = [f"{failure.kernel} ({failure.arch}) does not compile: {failure.reason}" for failure in self.failures]
+        return found + [
+            f"{kernel.kernel} ({kernel.backend}, {kernel.arch}, {kernel.source}) spills:"
+            f" {kernel.spill_bytes} bytes a thread at {kernel.registers} registers"
+            for kernel in self.spilling
+        ]
+
+
+@dataclass(frozen=True)
+class _Job:
+    name: str
+    arch: str
+    compile: Callable[[], Sequence[KernelResources]]
+
+
+def compile_all(root: Path | None = None, progress: Progress | None = None) -> Report:
+    """Compiles every Triton and CUDA kernel of the repository for every architecture.
+
+    Args:
+        root: the repository, for ``csrc``; by default the one that this package is in.
+        progress: called with (what has finished, jobs finished, all jobs) after each compilation.
+
+    Returns:
+        The resources; what does not compile is among the report's failures.
+
+    Raises:
+        ToolchainError: nvcc or Triton is missing, Triton is interpreting, or ``root`` has no ``csrc`` folder.
+    """
+    root = _ROOT if root is None else root
+    if not (root / "csrc").is_dir():
+        raise ToolchainError(f"{root} has no folder csrc/: the CUDA sources are in a clone of the repository")
+    triton_version = _require_triton()
+    nvcc = require_nvcc()
+    kernels, failures = triton_kernels()
+    jobs = cuda_jobs(cuda_sources(root), nvcc, root) + triton_jobs(kernels)
+    found, failed = run_jobs(jobs, progress)
+    return Report(nvcc.version, triton_version, found, (*failures, *failed))
+
+
+def run_jobs(
+    jobs: Sequence[_Job], progress: Progress | None = None
+) -> tuple[tuple[KernelResources, ...], tuple[Failure, ...]]:
+    """Compiles in ``WORKERS`` threads; returns what was compiled, in a stable order, and what failed."""
+    found: list[KernelResources] = []
+    failures: list[Failure] = []
+    with ThreadPoolExecutor(WORKERS) as pool:
+        running = {pool.submit(job.compile): job for job in jobs}
+        for finished, future in enumerate(as_completed(running), start=1):
+            job = running[future]
+            try:
+                found.extend(future.result())
+            except CompileError as error:
+                failures.append(Failure(job.name, job.arch, str(error)))
+            if progress is not None:
+                progress(f"{job.name} {job.arch}", finished, len(jobs))
+    return tuple(sorted(found, key=_order)), tuple(sorted(failures, key=lambda f: (f.kernel, f.arch)))
+
+
+def _order(kernel: KernelResources) -> tuple:
+    return kernel.family, kernel.source, kernel.kernel, int(kernel.arch.removeprefix("sm_"))
+
+
+def cuda_sources(root: Path) -> list[Path]:
+    """The CUDA sources of every family: ``csrc/<family>/*.cu``, without the fibres that run them on a CPU."""
+    return sorted(path for path in (root / "csrc").glob("*/*.cu") if path.parent.name != "fibres")
+
+
+def cuda_jobs(sources: Iterable[Path], nvcc: Nvcc, root: Path) -> list[_Job]:
+    """A compilation for each source and each of ``ARCHITECTURES`` that this nvcc knows, one of them with host code."""
+    known = [arch for arch in ARCHITECTURES if arch in nvcc.architectures]
+    return [
+        _Job(
+            _relative(source, root),
+            f"sm_{arch}",
+            functools.partial(compile_cuda, source, arch, nvcc, root, host=arch == known[0]),
+        )
+        for source in sources
+        for arch in known
+    ]
+
+
+def compile_cuda(source: Path, arch: int, nvcc: Nvcc, root: Path, *, host: bool = True) -> list[KernelResources]:
+    """Compiles one CUDA source.
+
+    Args:
+        source: a ``.cu`` file; the folder it is in is the family.
+        arch: 90 for sm_90.
+        nvcc: the compiler.
+        root: the repository; ``csrc`` in it is on the include path, as torch's headers are.
+        host: whether to compile the host code as well, the same for every architecture and the slower half.
+
+    Returns:
+        One entry for each kernel in it, template instances each for themselves.
+
+    Raises:
+        CompileError: nvcc refuses it; the message is nvcc's.
+    """
+    with tempfile.TemporaryDirectory(prefix="mpkernels-static-") as folder:
+        command = [str(nvcc.path), *_NVCC_FLAGS, *nvcc.compile_flags, "-Xptxas=-v", "--keep", "--keep-dir", folder]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", *(f"-I{path}" for path in _includes(root))]
+        command += ["-c" if host else "--cubin", str(source), "-o", str(Path(folder) / "out")]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_NVCC_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise CompileError(f"nvcc has not finished after {_NVCC_TIMEOUT_S} s") from error
+        if done.returncode != 0:
+            raise CompileError((done.stderr + done.stdout).strip())
+        bounds = {}
+        for ptx in Path(folder).glob("*.ptx"):
+            bounds |= launch_bounds(ptx.read_text())
+    used = parse_ptxas(done.stderr + done.stdout)
+    names = _demangle(list(used))
+    return [
+        KernelResources(
+            kernel=names[mangled],
+            backend="cuda",
+            family=source.parent.name,
+            source=_relative(source, root),
+            arch=f"sm_{arch}",
+            registers=resources["registers"],
+            shared_bytes=resources["shared"],
+            spill_bytes=resources["spills"],
+            stack_bytes=resources["stack"],
+            threads_per_block=bounds.get(mangled),
+        )
+        for mangled, resources in used.items()
+    ]
+
+
+def _includes(root: Path) -> list[Path]:
+    import torch
+
+    headers = Path(torch.__file__).parent / "include"
+    return [root / "csrc", headers, headers / "torch" / "csrc" / "api" / "include"]
+
+
+def parse_ptxas(log: str) -> dict[str, dict[str, int]]:
+    """The resources that ``ptxas -v`` reports: mangled kernel name -> registers, shared, spills, stack.
+
+    Spills of functions that a kernel calls (those that were not inlined) count as the kernel's.
+    """
+    found: dict[str, dict[str, int]] = {}
+    current: dict[str, int] = {}  # what comes before the first kernel is dropped
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(.+)' for 'sm_\w+'", line):
+            current = found.setdefault(match[1], {"registers": 0, "shared": 0, "spills": 0, "stack": 0})
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            frame, stores, loads = map(int, match.groups())
+            current["stack"] = current.get("stack", 0) + frame
+            current["spills"] = current.get("spills", 0) + stores + loads
+        elif match := re.search(r"Used (\d+) registers", line):
+            current["registers"] = int(match[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            current["shared"] = int(shared[1]) if shared else 0
+    return found
+
+
+def launch_bounds(ptx: str) -> dict[str, int]:
+    """``__launch_bounds__`` of the kernels in a PTX file: mangled name -> threads a block."""
+    found = {}
+    for match in re.finditer(r"\.entry\s+(\w+)\s*\([^)]*\)([^{]*)\{", ptx):
+        bound = re.search(r"\.maxntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", match[2])
+        if bound:
+            x, y, z = (int(size or 1) for size in bound.groups())
+            found[match[1]] = x * y * z
+    return found
+
+
+def _demangle(mangled: Sequence[str]) -> dict[str, str]:
+    """Mangled -> readable names, without ``void`` and the arguments, except where overloads need them."""
+    if not mangled:
+        return {}
+    try:
+        done = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ToolchainError(f"c++filt does not run: {error}; install binutils") from error
+    full = [name.removeprefix("void ") for name in done.stdout.splitlines()]
+    short = [_without_arguments(name) for name in full]
+    return {m: s if short.count(s) == 1 else f for m, s, f in zip(mangled, short, full, strict=True)}
+
+
+def _without_arguments(name: str) -> str:
+    """``f<int (*)(int)>(float*)`` -> ``f<int (*)(int)>``: drops the last balanced parentheses."""
+    if not name.endswith(")"):
+        return name
+    depth = 0
+    for at in range(len(name) - 1, -1, -1):
+        depth += (name[at] == ")") - (name[at] == "(")
+        if depth == 0:
+            return name[:at] or name
+    return name
+
+
+def _require_triton() -> str:
+    try:
+        import triton
+    except ImportError as error:
+        raise ToolchainError(f"Triton does not import: {error}; install it with `pip install triton`") from error
+    if triton.knobs.runtime.interpret:
+        raise ToolchainError("TRITON_INTERPRET=1 is set, under which Triton compiles nothing: unset it")
+    return triton.__version__
+
+
+def triton_kernels() -> tuple[list[tuple[str, TritonKernel]], tuple[Failure, ...]]:
+    """The Triton kernels of all specs as (family, kernel), each name once; and the specs that cannot name theirs."""
+    from mpkernels.spec import all_specs
+
+    found: dict[str, tuple[str, TritonKernel]] = {}
+    failures = []
+    for spec in all_specs():
+        try:
+            kernels = spec.triton_kernels()
+        except Exception as error:  # whatever importing the op's kernels raises is reported under the op's name
+            failures.append(Failure(f"the Triton kernels of {spec.name}", "all", f"{type(error).__name__}: {error}"))
+            continue
+        for kernel in kernels:
+            found.setdefault(kernel.name, (spec.family, kernel))
+    return list(found.values()), tuple(failures)
+
+
+def triton_jobs(kernels: Iterable[tuple[str, TritonKernel]]) -> list[_Job]:
+    """A compilation for each (family, kernel) and each of ``ARCHITECTURES``."""
+    return [
+        _Job(kernel.name, f"sm_{arch}", functools.partial(compile_triton, kernel, family, arch))
+        for family, kernel in kernels
+        for arch in ARCHITECTURES
+    ]
+
+
+def compile_triton(kernel: TritonKernel, family: str, arch: int) -> list[KernelResources]:
+    """Compiles one Triton kernel to a cubin, with pointers aligned to 16 bytes as torch allocates them.
+
+    Args:
+        kernel: the specialisation.
+        family: the op's family, for the table.
+        arch: 90 for sm_90.
+
+    Returns:
+        A list of one entry.
+
+    Raises:
+        CompileError: Triton or its ptxas refuses it; the message is theirs.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = kernel.function
+    unknown = [name for name in function.arg_names if name not in kernel.signature and name not in kernel.constexprs]
+    surplus = [name for name in (*kernel.signature, *kernel.constexprs) if name not in function.arg_names]
+    if unknown or surplus:
+        raise CompileError(f"the spec's signature: arguments without a type: {unknown}, unknown arguments: {surplus}")
+    signature = {name: kernel.signature.get(name, "constexpr") for name in function.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    try:
+        compiled = triton.compile(
+            ASTSource(function, signature, dict(kernel.constexprs), aligned),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
+        )
+    except Exception as error:  # Triton raises many kinds: of its frontend, of MLIR, of ptxas
+        raise CompileError(f"{type(error).__name__}: {error}") from error
+    used = _cubin_resources(compiled.asm["cubin"])
+    return [
+        KernelResources(
+            kernel=kernel.name,
+            backend="triton",
+            family=family,
+            source=_relative(Path(function.fn.__code__.co_filename), _ROOT),
+            arch=f"sm_{arch}",
+            registers=used["REG"],
+            shared_bytes=max(compiled.metadata.shared, used["SHARED"]),
+            spill_bytes=used["STACK"] + used["LOCAL"],
+            stack_bytes=used["STACK"] + used["LOCAL"],
+            threads_per_block=32 * kernel.num_warps,
+        )
+    ]
+
+
+def _cubin_resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED and LOCAL of a cubin, the most over its functions, by the cuobjdump in Triton's package."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = knobs.nvidia.cuobjdump.path
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True)
+    usage = [dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)) for line in done.stdout.splitlines()]
+    usage = [line for line in usage if len(line) == 4]
+    if done.returncode != 0 or not usage:
+        raise CompileError(f"{tool} --dump-resource-usage reports nothing: {(done.stderr or done.stdout).strip()}")
+    return {name: max(int(line[name]) for line in usage) for name in ("REG", "STACK", "SHARED", "LOCAL")}
+
+
+def _relative(path: Path, root: Path) -> str:
+    """A path as the table names it: from the repository on, or the file's name where it is outside."""
+    path = path.resolve()
+    return path.relative_to(root.resolve()).as_posix() if path.is_relative_to(root.resolve()) else path.name
+
+
+def to_json(report: Report) -> str:
+    """The report as text, one kernel a line, in a stable order and without dates."""
+    rows = ",\n".join("    " + json.dumps(asdict(kernel)) for kernel in report.kernels)
+    head = json.dumps({"about": _ABOUT, "nvcc": report.nvcc, "triton": report.triton}, indent=2)
+    failures = f',\n  "failures": {json.dumps([asdict(f) for f in report.failures])}' if report.failures else ""
+    return head.removesuffix("\n}") + failures + f',\n  "kernels": [\n{rows}\n  ]\n}}\n'
+
+
+def from_json(text: str) -> Report:
+    """The inverse of :func:`to_json`."""
+    data = json.loads(text)
+    kernels = tuple(KernelResources(**kernel) for kernel in data["kernels"])
+    failures = tuple(Failure(**failure) for failure in data.get("failures", ()))
+    return Report(data["nvcc"], data["triton"], kernels, failures)
+
+
+def read_table(path: Path = TABLE) -> Report:
+    """The recorded resources, ``kernels.json`` of the package; compiles nothing.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message says how to make it.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: make it with `{REFRESH}` in a clone")
+    return from_json(path.read_text())
+
+
+def differences(fresh: Report, recorded: Report) -> list[str]:
+    """What makes a recorded table stale: other kernels, or other resources from the same compiler version."""
+
+    def by_name(report: Report) -> dict[tuple[str, str, str], KernelResources]:
+        return {(kernel.source, kernel.kernel, kernel.arch): kernel for kernel in report.kernels}
+
+    now, then = by_name(fresh), by_name(recorded)
+    same_version = {"cuda": fresh.nvcc == recorded.nvcc, "triton": fresh.triton == recorded.triton}
+    found = [f"{', '.join(key)}: compiled, but not in the table" for key in now.keys() - then.keys()]
+    found += [f"{', '.join(key)}: in the table, but no longer compiled" for key in then.keys() - now.keys()]
+    for key in now.keys() & then.keys():
+        if now[key] != then[key] and same_version[now[key].backend]:
+            old, new = asdict(then[key]), asdict(now[key])
+            changed = [f"{name} {old[name]} -> {new[name]}" for name in new if old[name] != new[name]]
+            found.append(f"{', '.join(key)}: {', '.join(changed)}")
+    return sorted(found)
+
+
+def kernel_table(report: Report | None = None) -> Table:
+    """The resources as a table for the terminal, a kernel a row and an architecture a column.
+
+    Args:
+        report: what to show; by default the recorded table.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    report = read_table() if report is None else report
+    architectures = sorted({kernel.arch for kernel in report.kernels}, key=lambda arch: int(arch.removeprefix("sm_")))
+    table = Table(
+        title="GPU kernels as compiled: registers a thread, shared bytes a block",
+        caption=f"nvcc {report.nvcc}, triton {report.triton}; CUDA: shared memory without what the launch adds",
+    )
+    table.add_column("source")
+    table.add_column("kernel", overflow="fold")
+    table.add_column("threads", justify="right")
+    for arch in architectures:
+        table.add_column(arch, justify="right")
+    rows: dict[tuple[str, str], dict[str, KernelResources]] = {}
+    for kernel in report.kernels:
+        rows.setdefault((kernel.source, kernel.kernel), {})[kernel.arch] = kernel
+    for (source, name), by_arch in rows.items():
+        threads = next(iter(by_arch.values())).threads_per_block
+        cells = [_cell(by_arch[arch]) if arch in by_arch else "" for arch in architectures]
+        short = re.sub(r"^(?:(?:\w+|\(anonymous namespace\))::)+", "", name)
+        table.add_row(source, escape(short), "" if threads is None else str(threads), *cells)
+    return table
+
+
+def _cell(kernel: KernelResources) -> str:
+    spills = f"\n[bold red]spills {kernel.spill_bytes} B[/]" if kernel.spill_bytes else ""
+    return f"{kernel.registers}, {kernel.shared_bytes:,}{spills}"
+
+
+def _compile_with_progress() -> Report:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("compiling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        return compile_all(
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compiles everything, prints the table and what is wrong; returns the exit status."""
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(prog="python -m mpkernels.profiling.static", description=_ABOUT)
+    parser.add_argument("--write", action="store_true", help=f"record the table in {TABLE.name} (if all compiles)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was compiled, and what failed, to FILE")
+    options = parser.parse_args(arguments)
+    try:
+        report = _compile_with_progress()
+    except ToolchainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    Console(width=None if sys.stdout.isatty() else 160).print(kernel_table(report))
+    if options.json is not None:
+        options.json.write_text(to_json(report))
+    if options.write and not report.failures:
+        TABLE.write_text(to_json(report))
+        print(f"wrote {os.path.relpath(TABLE)}: {len(report.kernels)} entries")
+    problems = report.problems()
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

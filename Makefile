@@ -21,7 +21,7 @@ endif
 
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench gpu gates clean
+.PHONY: demo test lint bench tables gpu gates clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -32,7 +32,7 @@ demo: $(READY)
 	@echo "The report: out/report/index.html"
 
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)ruff check .
@@ -42,6 +42,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) -m mpkernels bench $(OPS) --record
+
+# the tables of README.md, from the specs and the recorded results
+tables: $(READY)
+	$(RUN) benchmarks/tables.py
 
 # the table that `mpkernels info --kernels` prints, after a change to a GPU kernel
 gates: $(READY)

@@ -19,7 +19,9 @@ def floating(name: str, value: torch.Tensor) -> None:
     """Raises TypeError unless ``value`` is a tensor of a supported floating-point dtype."""
     tensor(name, value)
     if value.dtype not in FLOATING:
-        raise TypeError(f"{name}: expected a floating-point tensor (float32, float64, bfloat16, float16), got {value.dtype}")
+        raise TypeError(
+            f"{name}: expected a floating-point tensor (float32, float64, bfloat16, float16), got {value.dtype}"
+        )
 
 
 def same_kind(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:

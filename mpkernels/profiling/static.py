@@ -5,13 +5,15 @@
 
 compiles every Triton kernel of every spec and every ``csrc/<family>/*.cu`` for sm_80, sm_90 and sm_100 (those that
 the compilers know). Exit status: 0; 1 where a kernel does not compile or spills, with its name; 2 where a compiler
-is missing. Triton keeps its usual cache (``TRITON_CACHE_DIR``), so a second run compiles only what changed.
+is missing. Triton keeps its usual cache (``TRITON_CACHE_DIR``) and what nvcc reported is kept in ``build/gates``, so a
+second run compiles only what changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import re
@@ -189,20 +191,17 @@ def compile_cuda(source: Path, arch: int, nvcc: Nvcc, root: Path, *, host: bool 
     Raises:
         CompileError: nvcc refuses it; the message is nvcc's.
     """
-    with tempfile.TemporaryDirectory(prefix="mpkernels-static-") as folder:
-        command = [str(nvcc.path), *_NVCC_FLAGS, *nvcc.compile_flags, "-Xptxas=-v", "--keep", "--keep-dir", folder]
-        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", *(f"-I{path}" for path in _includes(root))]
-        command += ["-c" if host else "--cubin", str(source), "-o", str(Path(folder) / "out")]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_NVCC_TIMEOUT_S)
-        except subprocess.TimeoutExpired as error:
-            raise CompileError(f"nvcc has not finished after {_NVCC_TIMEOUT_S} s") from error
-        if done.returncode != 0:
-            raise CompileError((done.stderr + done.stdout).strip())
-        bounds = {}
-        for ptx in Path(folder).glob("*.ptx"):
-            bounds |= launch_bounds(ptx.read_text())
-    used = parse_ptxas(done.stderr + done.stdout)
+    settings = [*_NVCC_FLAGS, *nvcc.compile_flags, "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    settings += ["-c" if host else "--cubin"]
+    kept = root / "build" / "gates" / f"{_fingerprint(source, root, nvcc, settings)}.json"
+    if kept.exists():
+        used, bounds = json.loads(kept.read_text())
+    else:
+        used, bounds = _run_nvcc(source, root, nvcc, settings)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps([used, bounds]))
+        partial.replace(kept)
     names = _demangle(list(used))
     return [
         KernelResources(
@@ -219,6 +218,34 @@ def compile_cuda(source: Path, arch: int, nvcc: Nvcc, root: Path, *, host: bool 
         )
         for mangled, resources in used.items()
     ]
+
+
+def _run_nvcc(source: Path, root: Path, nvcc: Nvcc, settings: Sequence[str]) -> tuple[dict, dict]:
+    with tempfile.TemporaryDirectory(prefix="mpkernels-static-") as folder:
+        command = [str(nvcc.path), *settings, *(f"-I{path}" for path in _includes(root)), "--keep", "--keep-dir", folder]
+        command += [str(source), "-o", str(Path(folder) / "out")]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_NVCC_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise CompileError(f"nvcc has not finished after {_NVCC_TIMEOUT_S} s") from error
+        if done.returncode != 0:
+            raise CompileError((done.stderr + done.stdout).strip())
+        bounds = {}
+        for ptx in Path(folder).glob("*.ptx"):
+            bounds |= launch_bounds(ptx.read_text())
+    return parse_ptxas(done.stderr + done.stdout), bounds
+
+
+def _fingerprint(source: Path, root: Path, nvcc: Nvcc, settings: Sequence[str]) -> str:
+    """Of all that a compilation depends on: the compiler, torch, the settings, the family's and the common sources."""
+    import torch
+
+    hasher = hashlib.sha256(repr([nvcc.version, torch.__version__, list(settings), source.name]).encode())
+    for folder in (source.parent, root / "csrc" / "common"):
+        for path in sorted(folder.glob("*")):
+            if path.suffix in (".cu", ".cuh", ".h"):
+                hasher.update(path.name.encode() + b"\0" + path.read_bytes())
+    return hasher.hexdigest()[:32]
 
 
 def _includes(root: Path) -> list[Path]:

@@ -25,7 +25,7 @@ class OpProperties:
     ops: ClassVar[Sequence[str]] = ()  # names of specs
     backend: ClassVar[str] = ""
     device: ClassVar[str] = "cpu"
-    slow: ClassVar[bool] = False  # an interpreter: gradcheck in its fast mode
+    slow: ClassVar[bool] = False  # an interpreter: fewer dtypes, gradcheck in its fast mode, the costly rest on small cases
     large: ClassVar[bool] = True  # whether it runs the large cases
 
     @classmethod
@@ -54,6 +54,7 @@ class OpProperties:
         rows = check_case(op, case, backend=self.backend, dtype=dtype, device=self.device)
         assert not [str(row) for row in rows if not row.ok]
 
+    @pytest.mark.costly
     def test_repeats_are_bit_equal(self, op, case):
         arguments = case.arguments(torch.float32, self.device)
 
@@ -64,6 +65,7 @@ class OpProperties:
         for first, second in zip(run(), run(), strict=True):
             assert torch.equal(first.nan_to_num(nan=7.0), second.nan_to_num(nan=7.0))
 
+    @pytest.mark.costly
     def test_input_is_not_written(self, op, case):
         arguments = case.arguments(torch.float32, self.device)
         before = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
@@ -78,6 +80,7 @@ class OpProperties:
         else:
             assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
 
+    @pytest.mark.once
     def test_gradgradcheck(self, op, smooth_case):
         if not op.second_order:
             return
@@ -94,6 +97,7 @@ class OpProperties:
         with pytest.raises(bad.error, match=f"(?s){bad.message}"):
             op.function(**({"backend": self.backend} | bad.arguments(device=self.device)))
 
+    @pytest.mark.costly
     def test_opcheck(self, op, case):
         """Torch's own check of schema, fake function and dispatch, of the ops that this case calls."""
         if self.backend == "reference":
@@ -163,6 +167,12 @@ def generate(metafunc: pytest.Metafunc) -> None:
     rows, ids = [], []
     for op in cls.specs():
         for values, label in _rows(cls, op, names[1:]):
+            if cls.slow and metafunc.definition.get_closest_marker("costly") and not values[0].second_order:
+                continue
+            if cls.slow and metafunc.definition.get_closest_marker("once") and rows and rows[-1][0] is op:
+                continue
+            if cls.slow and "dtype" in names and values[1] != torch.float32 and not values[0].second_order:
+                continue
             rows.append((op, *values))
             ids.append(" ".join([op.name, *label]).replace(" ", "-"))
     metafunc.parametrize(names, rows, ids=ids)

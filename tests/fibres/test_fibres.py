@@ -3,6 +3,7 @@
 The kernels are in kernels.cuh and broken_kernels.cuh, what they are compared with is in program.cpp.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -61,35 +62,39 @@ CHECKS = [
 ]  # fmt: skip
 
 
-def build(folder: Path, name: str, *flags: str) -> Path:
-    result = folder / name
-    command = [COMPILER, *FLAGS, *flags, str(HERE / "program.cpp"), "-o", str(result), "-pthread", "-ldl"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+def build(name: str, *flags: str) -> Path:
+    """The test program; kept in build/ as long as nothing that it is made of changes."""
+    sources = sorted([*(CSRC / "fibres").glob("*"), CSRC / "common" / "launch.h", *HERE.glob("*.c*")])
+    hasher = hashlib.sha256(repr([COMPILER, FLAGS, flags, name]).encode())
+    for source in sources:
+        hasher.update(source.read_bytes())
+    result = CSRC.parent / "build" / "test-programs" / f"{name}-{hasher.hexdigest()[:16]}"
+    if not result.exists():
+        result.parent.mkdir(parents=True, exist_ok=True)
+        partial = result.with_suffix(f".{os.getpid()}")
+        command = [COMPILER, *FLAGS, *flags, str(HERE / "program.cpp"), "-o", str(partial), "-pthread", "-ldl"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+        partial.replace(result)
     return result
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("fibres")
+def program() -> list[str]:
+    return [str(build("program", "-O2"))]
 
 
 @pytest.fixture(scope="session")
-def program(folder) -> list[str]:
-    return [str(build(folder, "program", "-O2"))]
+def ucontext_program() -> list[str]:
+    return [str(build("ucontext_program", "-O1", "-DMPKERNELS_FIBRES_USE_UCONTEXT"))]
 
 
 @pytest.fixture(scope="session")
-def ucontext_program(folder) -> list[str]:
-    return [str(build(folder, "ucontext_program", "-O1", "-DMPKERNELS_FIBRES_USE_UCONTEXT"))]
-
-
-@pytest.fixture(scope="session")
-def sanitized(folder) -> list[str]:
+def sanitized() -> list[str]:
     """A library that Python loads, which is how the tests of kernels use fibres."""
     flags = ["-O1", "-fPIC", "-shared", "-fvisibility=hidden"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    library = build(folder, "sanitized.so", *flags)
+    library = build("sanitized.so", *flags)
     call = "import ctypes, sys; library = ctypes.CDLL(sys.argv[1]); "
     call += "sys.exit(library.run(*[argument.encode() for argument in sys.argv[2:]]))"
     return [sys.executable, "-c", call, str(library)]
@@ -232,8 +237,8 @@ def test_speed(program, capsys):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not on PATH")
-def test_kernels_are_cuda(folder):
+def test_kernels_are_cuda(tmp_path):
     command = ["nvcc", "-std=c++17", "-arch=sm_90", "-c", "-I", str(CSRC), str(HERE / "kernels.cu")]
-    done = subprocess.run([*command, "-o", str(folder / "kernels.o")], capture_output=True, text=True)
+    done = subprocess.run([*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr

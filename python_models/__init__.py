@@ -1,0 +1,1 @@
+"""Reference models built on the ops of mpkernels, a file a model, each trained on real data by one command."""

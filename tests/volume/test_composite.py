@@ -11,7 +11,7 @@ from mpkernels.testing import compare, gradients, strategies, upcast
 from mpkernels.testing.properties import OpProperties
 
 FUZZ = settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     # one test runs in several subclasses, and interpreters take their time

@@ -130,6 +130,27 @@ def _early_stop(*, nan: bool, packed: bool = False):
     return make
 
 
+def _grows_behind_the_stop(*, packed: bool):
+    """A ray that stops at sample 50, with negative densities behind: its transmittance would grow past eps again."""
+
+    def make(dtype, device, generator):
+        samples = 700
+        sigmas = torch.full((samples,), 0.02, dtype=torch.float64)
+        sigmas[50], sigmas[60:] = 4.0, -0.1
+        edges = torch.arange(samples + 1).double()
+        arguments = {
+            "sigmas": sigmas,
+            "values": _rand(generator, samples, 3),
+            "t_starts": edges[:-1],
+            "t_ends": edges[1:],
+        }
+        if packed:  # beside empty rays, which make the average ray a short one
+            arguments["packed_info"] = torch.tensor([[0, samples], [0, 0], [0, 0], [0, 0], [0, 0]])
+        return _to(dtype, device, arguments) | {"early_stop_eps": 0.1}
+
+    return make
+
+
 def _set(name: str, index, value: float):
     def change(arguments: dict) -> None:
         x = arguments[name].clone()
@@ -167,6 +188,8 @@ _CASES = (
     Case("empty intervals", _changed(_dense(2, 6, background="one"), _empty_intervals), second_order=True),
     Case("early stop", _early_stop(nan=False)),
     Case("NaN behind an early stop", _early_stop(nan=True)),
+    Case("growing behind an early stop", _grows_behind_the_stop(packed=False)),
+    Case("packed, growing behind an early stop", _grows_behind_the_stop(packed=True)),
     Case("packed", _packed([5, 0, 17, 1, 0, 64, 33, 0], channels=3)),
     Case("packed, small", _packed([3, 0, 5, 1], channels=2), second_order=True),
     Case("packed with gaps, any order", _packed([4, 10, 0, 7], starts=[30, 3, 0, 15], total=40, channels=5)),

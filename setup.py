@@ -1,7 +1,8 @@
 """Builds the compiled libraries by CMake and Ninja. Everything else about the package stands in pyproject.toml.
 
 Without a C++ compiler, CMake or an importable torch the package still installs, and runs on the reference backend;
-`mpkernels info` says what is missing. MPKERNELS_BUILD=require turns that warning into an error.
+`mpkernels info` says what is missing. MPKERNELS_BUILD=require turns that warning into an error. While working on one
+family, MPKERNELS_FAMILIES and MPKERNELS_TARGETS (lists with spaces) build its sources alone, and these libraries alone.
 """
 
 from __future__ import annotations
@@ -64,12 +65,15 @@ class CMakeBuild(build_ext):
             f"-DPYTHON_INCLUDES={sysconfig.get_path('include')}",
             f"-DPYTHON_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
             f"-DOUTPUT={output}",
+            f"-DFAMILIES={os.environ.get('MPKERNELS_FAMILIES', '*').replace(' ', ';')}",
             *cuda_compiler(),
         ]
+        targets = os.environ.get("MPKERNELS_TARGETS", "all").split()
         if shutil.which("ninja"):
             settings.append("-GNinja")
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *settings], check=True)
-        subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 2)], check=True)
+        parallel = ["--parallel", str(os.cpu_count() or 2)]
+        subprocess.run([cmake, "--build", str(build), *parallel, "--target", *targets], check=True)
 
 
 setup(ext_modules=[Extension("mpkernels._host", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -42,14 +42,15 @@ def results() -> list[str]:
             continue
         versions = data["versions"]
         lines += [f"**{path.stem}** on `{path.parent.name}`, {data['dtype']}, torch {versions['torch']}", ""]
-        lines += ["| | pass | backend | time | x eager | x compiled | GB/s | of copy |", "|---|---|---|---|---|---|---|---|"]
+        lines += [
+            "| | pass | backend | time | x eager | x compiled | GB/s | of copy |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
         for row in data["rows"]:
             if row["implementation"] in ("eager torch", "torch.compile"):
                 continue
             name, which, time, eager, compiled, rate, share = cells(row)[:7]
-            lines.append(
-                f"| {row['workload']} | {which} | {name} | {time} | {eager} | {compiled} | {rate} | {share} |"
-            )
+            lines.append(f"| {row['workload']} | {which} | {name} | {time} | {eager} | {compiled} | {rate} | {share} |")
         lines.append("")
     return lines[:-1] if lines else ["Nothing is recorded yet."]
 

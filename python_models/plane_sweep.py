@@ -148,7 +148,7 @@ class _ShiftPlanes(torch.autograd.Function):
         return torch.lerp(moved[:, :-1], moved[:, 1:], fraction)
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor):
+    def backward(ctx, grad_out: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         beside = grad_out * ctx.saved_tensors[0]
         moved = functional.pad(grad_out - beside, (0, 0, 0, 1))
         moved[:, 1:] += beside
@@ -167,6 +167,10 @@ class PlaneSweepVolume(torch.nn.Module):
     height and width are those of the pictures; disparity_range is the farthest and the nearest in pixels,
     0 <= farthest < nearest; planes (at least 2) are ordered near to far and uniformly spaced in disparity.
     """
+
+    disparity: Tensor
+    fraction: Tensor
+    t_edges: Tensor
 
     def __init__(self, height: int, width: int, disparity_range: tuple[float, float], planes: int):
         super().__init__()
@@ -453,10 +457,11 @@ def fit(
     started = time.perf_counter()
     full = load_motorcycle()
     pair = shrink_pair(full, SCALE)
-    held_out = held_out_blocks(*pair.disparity.shape, seed)
+    held_out = held_out_blocks(pair.disparity.shape[0], pair.disparity.shape[1], seed)
     on_place = StereoPair(pair.left.to(place), pair.right.to(place), pair.disparity, pair.disparity_range)
     trained = ~held_out.to(place)
-    volume = PlaneSweepVolume(*pair.disparity.shape, pair.disparity_range, planes).to(place)
+    height, width = pair.disparity.shape
+    volume = PlaneSweepVolume(height, width, pair.disparity_range, planes).to(place)
     initialise(volume, on_place.left, on_place.right, trained)
 
     def figures():

@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_configure(config):
     config.addinivalue_line("markers", "triton_interpreted: needs TRITON_INTERPRET=1, run by test_own_processes.py")
     config.addinivalue_line("markers", "costly: interpreters run it on the small cases only")
-    config.addinivalue_line("markers", "once: interpreters run it on one case an op (what it tests is common to backends)")
+    config.addinivalue_line("markers", "once: interpreters run it on one case an op")
 
 
 def pytest_generate_tests(metafunc):

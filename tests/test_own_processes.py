@@ -22,7 +22,14 @@ CORE = "(error_within_bound and not float64) or stopped or closed_form or leaks"
 def run_pytest(*arguments: str, least: int, **environment: str) -> None:
     """Runs pytest in a new process; fails with its output, or where fewer than ``least`` tests ran."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    run = subprocess.run(command, cwd=ROOT, env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")} | environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     output = run.stdout[-6000:] + run.stderr[-2000:]
     assert run.returncode == 0, output
     passed = re.search(r"(\d+) passed", run.stdout)

@@ -45,6 +45,15 @@ inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] si
 #endif
 }
 
+#if defined(__CUDACC__)
+// The stream that torch runs on now, on the device of `tensor`.
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
+
 // A new contiguous tensor with the dtype and device of `like`; its contents are arbitrary (all ones bits, which is a
 // NaN, while memory is poisoned).
 inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
@@ -66,7 +75,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
   if (!like.is_cuda()) prefer_huge_pages(tensor.data_ptr(), bytes);
   if (bytes > 0 && poisoned()) {
 #if defined(__CUDACC__)
-    cudaMemset(tensor.data_ptr(), 0xFF, bytes);
+    cudaMemsetAsync(tensor.data_ptr(), 0xFF, bytes, current_stream(like));  // in order with the kernels that follow
 #else
     std::memset(tensor.data_ptr(), 0xFF, bytes);
 #endif
@@ -93,14 +102,5 @@ T* pointer(const std::optional<Tensor>& tensor) {
 inline int64_t ray_stride(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->stride(0) : 0;
 }
-
-#if defined(__CUDACC__)
-// The stream that torch runs on now, on the device of `tensor`.
-inline cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-#endif
 
 }  // namespace mpkernels

@@ -222,7 +222,14 @@ def compile_cuda(source: Path, arch: int, nvcc: Nvcc, root: Path, *, host: bool 
 
 def _run_nvcc(source: Path, root: Path, nvcc: Nvcc, settings: Sequence[str]) -> tuple[dict, dict]:
     with tempfile.TemporaryDirectory(prefix="mpkernels-static-") as folder:
-        command = [str(nvcc.path), *settings, *(f"-I{path}" for path in _includes(root)), "--keep", "--keep-dir", folder]
+        command = [
+            str(nvcc.path),
+            *settings,
+            *(f"-I{path}" for path in _includes(root)),
+            "--keep",
+            "--keep-dir",
+            folder,
+        ]
         command += [str(source), "-o", str(Path(folder) / "out")]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_NVCC_TIMEOUT_S)

@@ -25,7 +25,9 @@ class OpProperties:
     ops: ClassVar[Sequence[str]] = ()  # names of specs
     backend: ClassVar[str] = ""
     device: ClassVar[str] = "cpu"
-    slow: ClassVar[bool] = False  # an interpreter: fewer dtypes, gradcheck in its fast mode, the costly rest on small cases
+    slow: ClassVar[bool] = (
+        False  # an interpreter: fewer dtypes, gradcheck in its fast mode, the costly rest on small cases
+    )
     large: ClassVar[bool] = True  # whether it runs the large cases
 
     @classmethod
@@ -164,7 +166,8 @@ def generate(metafunc: pytest.Metafunc) -> None:
     if cls is None or not issubclass(cls, OpProperties) or "op" not in metafunc.fixturenames:
         return
     names = [name for name in ("op", "case", "smooth_case", "dtype", "bad") if name in metafunc.fixturenames]
-    rows, ids = [], []
+    rows: list[tuple] = []
+    ids: list[str] = []
     for op in cls.specs():
         for values, label in _rows(cls, op, names[1:]):
             if cls.slow and metafunc.definition.get_closest_marker("costly") and not values[0].second_order:
@@ -178,7 +181,7 @@ def generate(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(names, rows, ids=ids)
 
 
-def _rows(cls: type[OpProperties], op: spec.OpSpec, names: list[str]):
+def _rows(cls: type[OpProperties], op: spec.OpSpec, names: list[str]) -> list[tuple[tuple, tuple]]:
     choices = {
         "case": [(case, case.name) for case in cls.cases(op)],
         "smooth_case": [(case, case.name) for case in cls.cases(op) if case.second_order],

@@ -70,7 +70,7 @@ def _check_values(name: str, packed_info: Tensor, total: int) -> bool:
         if overlap.numel():
             first, second = int(index[overlap[0]]), int(index[overlap[0] + 1])
             raise ValueError(
-                f"{name}: expected rays that do not overlap, got [start, count] = {packed_info[first].tolist()} for ray "
+                f"{name}: expected rays that do not overlap, got [start, count] {packed_info[first].tolist()} for ray "
                 f"{first} and {packed_info[second].tolist()} for ray {second}"
             )
     return covered < total

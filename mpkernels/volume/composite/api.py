@@ -40,7 +40,7 @@ def composite(
 
     All four outputs have exact gradients to sigmas, values, t_starts, t_ends and background, of any order, right at
     alpha = 1 and at sigma = 0 (no division), and the same bits in every run. An infinite sigma counts as the
-    largest finite one.
+    largest finite number of the type it is computed in.
 
     Args:
         sigmas: densities, 1 / unit of t. Dense rays: (..., S), samples from near to far. Packed rays: (N,).

@@ -1,8 +1,8 @@
 """How the kernels of volume compositing are called and differentiated.
 
 The forward is an autograd.Function whose backward is a second Function over the kernels' own backward, so that
-gradients can be differentiated again; that second step goes through torch operations (:mod:`derivative`). One pair of Functions
-serves every backend.
+gradients can be differentiated again; that second step goes through torch operations (:mod:`derivative`). One pair of
+Functions serves every backend.
 """
 
 from __future__ import annotations

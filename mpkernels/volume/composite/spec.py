@@ -102,7 +102,7 @@ def _packed(
     return make
 
 
-def _early_stop(*, nan: bool, packed: bool = False):
+def _early_stop(*, nan: bool, packed: bool = False, channels: int = 3):
     """Rays that fall from transmittance about 0.5 to about 0.03 at one sample each, with eps = 0.1 between."""
 
     def make(dtype, device, generator):
@@ -113,7 +113,7 @@ def _early_stop(*, nan: bool, packed: bool = False):
         at = torch.randint(0, samples, (rays,), generator=generator)
         at[0] = samples + 1  # one ray that never stops
         optical_depth = torch.where(step < at[:, None], 0.7 / samples, torch.where(step == at[:, None], 3.0, 0.5))
-        values = _rand(generator, rays, samples, 3)
+        values = _rand(generator, rays, samples, channels)
         grown = torch.where(step > at[:, None], torch.nan if nan else 1.0, 1.0)
         arguments = {
             "sigmas": optical_depth * 16 * grown,
@@ -125,7 +125,7 @@ def _early_stop(*, nan: bool, packed: bool = False):
             arguments = {name: x.flatten(0, 1) for name, x in arguments.items()}
             first = torch.arange(rays) * samples
             arguments["packed_info"] = torch.stack([first, torch.full_like(first, samples)], dim=-1)
-        return _to(dtype, device, arguments | {"background": _rand(generator, 3)}) | {"early_stop_eps": 0.1}
+        return _to(dtype, device, arguments | {"background": _rand(generator, channels)}) | {"early_stop_eps": 0.1}
 
     return make
 
@@ -188,6 +188,8 @@ _CASES = (
     Case("empty intervals", _changed(_dense(2, 6, background="one"), _empty_intervals), second_order=True),
     Case("early stop", _early_stop(nan=False)),
     Case("NaN behind an early stop", _early_stop(nan=True)),
+    Case("NaN behind an early stop, one channel", _early_stop(nan=True, channels=1)),
+    Case("NaN behind an early stop, five channels", _early_stop(nan=True, channels=5)),
     Case("growing behind an early stop", _grows_behind_the_stop(packed=False)),
     Case("packed, growing behind an early stop", _grows_behind_the_stop(packed=True)),
     Case("packed", _packed([5, 0, 17, 1, 0, 64, 33, 0], channels=3)),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -21,6 +20,15 @@ _VALUES_A_THREAD = 32
 _MOST_WARPS = 4
 _CHANNEL_BLOCK = 32  # channels side by side in a warp: 64 to 128 contiguous bytes a sample
 _MOST_PROGRAMS = 2**31 - 1
+
+
+def _power_of_two(x: int) -> int:
+    """The least power of two that is not below ``x``."""
+    return 1 << max(x - 1, 0).bit_length()
+
+
+def _blocks(x: int, size: int) -> int:
+    return (x + size - 1) // size
 
 
 def _tile(samples: int, channels: int, packed: bool) -> tuple[int, int, int, int]:
@@ -42,9 +50,9 @@ def _tile(samples: int, channels: int, packed: bool) -> tuple[int, int, int, int
     The forward and the backward use the same tile, so that both multiply transmittances in the same order and
     stop at the same sample.
     """
-    block_c = min(triton.next_power_of_2(channels), _CHANNEL_BLOCK)
+    block_c = min(_power_of_two(channels), _CHANNEL_BLOCK)
     capacity = 32 * _VALUES_A_THREAD // max(block_c, 4)  # samples a warp holds
-    length = triton.next_power_of_2(max(samples, 1))
+    length = _power_of_two(max(samples, 1))
     if packed:
         capacity = max(capacity // 2, 32)
         block_s = min(max(length // 2, 32), capacity)
@@ -102,7 +110,7 @@ class _Problem:
     def launch(self, kernel, parts: int, *arguments, **settings) -> None:
         if not self.rays:
             return
-        programs = triton.cdiv(self.rays, self.block_r) * parts
+        programs = _blocks(self.rays, self.block_r) * parts
         if programs > _MOST_PROGRAMS:
             raise ValueError(
                 f"composite: expected at most {_MOST_PROGRAMS} programs, got {programs} ({self.rays} rays)"
@@ -129,7 +137,7 @@ def forward(
         densities.new_empty((problem.rays,)),
         _fresh(densities, gaps),
     )
-    parts = triton.cdiv(problem.channels, problem.block_c)
+    parts = _blocks(problem.channels, problem.block_c)
     problem.launch(kernels.composite_forward, parts, *problem.inputs, *outputs, *problem.sizes)
     return outputs
 

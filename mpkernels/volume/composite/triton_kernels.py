@@ -155,8 +155,8 @@ def _load_samples(
 def _transmit(passed, tau, HAS_ENDS: tl.constexpr, COMPUTE: tl.constexpr):
     """(BLOCK_R, BLOCK_S) transmittance from the block's front to each sample, and (BLOCK_R,) through the block.
 
-    Of densities by one exp of summed optical depths: a product of factors just below one, taken as a tree, rounds in one
-    direction, which a thousand samples show.
+    Of densities by one exp of summed optical depths: a product of factors just below one, taken as a tree, rounds in
+    one direction, which a thousand samples show.
     """
     if HAS_ENDS:
         _, before = tl.associative_scan((tau, tl.zeros(tau.shape, COMPUTE)), 1, _sum_before)

@@ -133,6 +133,11 @@ def _choose(op: str, device: str, asked: str | None) -> str:
     return "reference"
 
 
+# What torch.compiler.assume_constant_result does, without importing the compiler with the package: the choice asks
+# torch's dispatcher, which torch.compile cannot trace, and does not change while a program runs.
+_choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def forget_choices() -> None:
     """Drops what was cached of the machine's state (used by tests that change the environment)."""
     _reasons.clear()

@@ -1,11 +1,10 @@
 // The launcher of volume compositing's CUDA kernels: registers mpkernels::composite and mpkernels::composite_backward
 // for CUDA tensors. Compiled as C++ it registers the same launcher for mpkernels_fibres, on CPU tensors, where the
 // kernels run a fibre per CUDA thread. Arguments: mpkernels/volume/composite/schema.py.
-#include "common/tensor.h"
+#include "common/device.h"
 #include "volume/composite.cuh"
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 #include <type_traits>
 
@@ -14,31 +13,6 @@ namespace composite {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-#if defined(MPKERNELS_ON_FIBRES)
-// CPU memory, and kernels that have ended when their launch returns.
-class Device {
- public:
-  explicit Device(const Tensor&) {}
-  cudaStream_t stream() const { return nullptr; }
-  void zero(void* memory, size_t bytes) const { std::memset(memory, 0, bytes); }
-};
-#else
-// Makes the tensor's device the current one, and orders what is done by torch's current stream of that device.
-class Device {
- public:
-  explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()), stream_(current_stream(tensor)) {}
-  cudaStream_t stream() const { return stream_; }
-  void zero(void* memory, size_t bytes) const {
-    const cudaError_t status = cudaMemsetAsync(memory, 0, bytes, stream_);
-    STD_TORCH_CHECK(status == cudaSuccess, "composite: cudaMemsetAsync failed: ", cudaGetErrorString(status));
-  }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
-#endif
 
 template <typename S>
 Rays<S> rays_of(const Tensor& densities, const Tensor& values, const Tensor& t_starts, const OptionalTensor& t_ends,

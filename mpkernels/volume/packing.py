@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 def check_packed_info(name: str, packed_info: object, samples: Tensor) -> bool:
@@ -41,7 +42,7 @@ def check_packed_info(name: str, packed_info: object, samples: Tensor) -> bool:
 def _readable(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if isinstance(x, torch._subclasses.FakeTensor) or x.is_meta:
+    if isinstance(x, FakeTensor) or x.is_meta:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

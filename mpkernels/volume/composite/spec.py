@@ -268,7 +268,7 @@ _BAD = (
     ),
     BadInput(
         "background of 4 channels",
-        _bad(_replace("background", lambda x: torch.ones(4))),
+        _bad(_replace("background", lambda x: x.new_ones(4))),
         ValueError,
         r"background.*\(3,\)",
     ),
@@ -313,7 +313,7 @@ _BAD = (
     ),
     BadInput(
         "packed_info past the end",
-        _bad(_replace("packed_info", lambda x: x + torch.tensor([1, 0])), _PACKED),
+        _bad(_replace("packed_info", lambda x: x + x.new_tensor([1, 0])), _PACKED),
         ValueError,
         r"packed_info.*<= 8.*\[4, 5\] for ray 1",
     ),
@@ -331,19 +331,19 @@ _BAD = (
     ),
     BadInput(
         "packed_info overlaps",
-        _bad(_replace("packed_info", lambda x: torch.tensor([[0, 4], [3, 5]])), _PACKED),
+        _bad(_replace("packed_info", lambda x: x.new_tensor([[0, 4], [3, 5]])), _PACKED),
         ValueError,
         "packed_info.*overlap.*ray 0.*ray 1",
     ),
     BadInput(
         "packed_info overlaps around an empty ray",
-        _bad(_replace("packed_info", lambda x: torch.tensor([[0, 4], [8, 0], [3, 5]])), _PACKED),
+        _bad(_replace("packed_info", lambda x: x.new_tensor([[0, 4], [8, 0], [3, 5]])), _PACKED),
         ValueError,
         "packed_info.*overlap.*ray 0.*ray 2",
     ),
     BadInput(
         "packed_info overlaps, out of order",
-        _bad(_replace("packed_info", lambda x: torch.tensor([[4, 4], [0, 5]])), _PACKED),
+        _bad(_replace("packed_info", lambda x: x.new_tensor([[4, 4], [0, 5]])), _PACKED),
         ValueError,
         "packed_info.*overlap.*ray 1.*ray 0",
     ),

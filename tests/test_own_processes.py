@@ -38,8 +38,12 @@ def run_pytest(*arguments: str, least: int, **environment: str) -> None:
     print(run.stdout.splitlines()[-1])
 
 
-def test_triton_under_its_interpreter():
-    run_pytest("tests", "-m", "triton_interpreted", "-W", "ignore::RuntimeWarning", least=100, TRITON_INTERPRET="1")
+@pytest.mark.parametrize(
+    "tests", ["error_within_bound or random or refused", "not (error_within_bound or random or refused)"]
+)
+def test_triton_under_its_interpreter(tests):
+    options = ("-m", "triton_interpreted", "-W", "ignore::RuntimeWarning")
+    run_pytest("tests", *options, "-k", tests, least=50, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])

@@ -40,8 +40,12 @@ class Comparison:
         return f"{text} ({self.problem})" if self.problem else text
 
 
-def compare(name: str, got: Tensor, reference: Tensor, gold: Tensor) -> Comparison:
-    """Compares ``got`` with ``gold`` (float64), allowed twice the error of ``reference`` (same dtype) and a band."""
+def compare(name: str, got: Tensor, reference: Tensor, gold: Tensor, scale: float = 0.0) -> Comparison:
+    """Compares ``got`` with ``gold`` (float64), allowed twice the error of ``reference`` (same dtype) and a band.
+
+    ``scale`` is the size of the terms that a result is the difference of, where that may be far above the result
+    (1 - opacity of an opaque ray): the band is of roundings of the larger of both.
+    """
     if got.shape != gold.shape:
         return Comparison(name, float("inf"), 0.0, f"expected shape {tuple(gold.shape)}, got {tuple(got.shape)}")
     if got.dtype != reference.dtype:
@@ -52,7 +56,7 @@ def compare(name: str, got: Tensor, reference: Tensor, gold: Tensor) -> Comparis
     if got.dtype == torch.float64:
         band = ROUNDINGS_FLOAT64 * torch.finfo(torch.float64).eps * max(_largest(gold), 1.0)
     else:
-        band = ROUNDINGS * torch.finfo(got.dtype).eps * max(_largest(gold), torch.finfo(got.dtype).tiny)
+        band = ROUNDINGS * torch.finfo(got.dtype).eps * max(_largest(gold), scale, torch.finfo(got.dtype).tiny)
     bound = 2 * _largest((low - gold).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)) + band
     different = wide.isfinite() != gold.isfinite()
     if different.any():

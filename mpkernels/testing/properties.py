@@ -56,6 +56,12 @@ class OpProperties:
         rows = check_case(op, case, backend=self.backend, dtype=dtype, device=self.device)
         assert not [str(row) for row in rows if not row.ok]
 
+    def test_equals_plain_torch(self, op, smooth_case):
+        """The op as a user writes it in vectorised torch: written apart from the reference, which sets the bounds."""
+        arguments = smooth_case.arguments(torch.float64, self.device)
+        for got, wanted in zip(self.call(op, **arguments), op.eager(**arguments), strict=True):
+            torch.testing.assert_close(got, wanted)
+
     @pytest.mark.costly
     def test_repeats_are_bit_equal(self, op, case):
         arguments = case.arguments(torch.float32, self.device)

@@ -29,8 +29,9 @@ class Case:
 
     name: str
     make: MakeArguments  # draws on the CPU from the generator, in float32 or wider, and converts
-    second_order: bool = False  # small and smooth enough for gradgradcheck
+    second_order: bool = False  # small and smooth enough for gradcheck (and gradgradcheck, where the op promises it)
     large: bool = False  # too many programs for interpreters and fibres
+    flips: int = 0  # elements a tensor that rounding may put on the other side of a threshold (never in float64)
 
     def arguments(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Arguments:
         """The arguments, with values that depend on the case's name alone."""
@@ -109,7 +110,7 @@ class OpSpec:
     cost: Callable[[Arguments, bool], Cost]  # (arguments, backward?) -> cost of that pass alone
     triton_kernels: Callable[[], tuple[TritonKernel, ...]] = tuple
     fastest_on_cuda: str = "cuda"  # measured; decides for CUDA tensors where nothing is named
-    second_order: bool = True
+    second_order: bool = True  # whether gradients are differentiable again, and forward mode exists
     batched: bool = True  # whether torch.func.vmap over the first dimension makes sense
     demo: str | None = None  # module of python_models with `fit(...)`, run by `mpkernels demo <name>`
     dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(

@@ -54,9 +54,28 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 }
 #endif
 
-// A new contiguous tensor with the dtype and device of `like`; its contents are arbitrary (all ones bits, which is a
-// NaN, while memory is poisoned).
-inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
+// The code of a dtype in torch's C interface.
+inline int32_t dtype_code(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    default:
+      STD_TORCH_CHECK(false, "dtype_code: add this dtype to csrc/common/tensor.h");
+  }
+}
+
+// A new contiguous tensor on the device of `like`, of its dtype or another; its contents are arbitrary (all ones bits,
+// which is a NaN, or -1, while memory is poisoned).
+inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like,
+                    std::optional<ScalarType> dtype_wanted = std::nullopt) {
   int64_t strides[8];
   int64_t count = 1;
   for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
@@ -64,7 +83,11 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
     count *= sizes.begin()[i];
   }
   int32_t dtype, device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  if (dtype_wanted.has_value()) {
+    dtype = dtype_code(*dtype_wanted);
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  }
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;

@@ -5,9 +5,12 @@
 // this header adds loads (with conversion from bfloat16 and float16), stores, shuffles, reductions and exp.
 #pragma once
 
+#include "common/arithmetic.h"
+
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -350,5 +353,26 @@ MPKERNELS_INLINE Exponential<T> exponential(Vector<T> x) {
   const Vector<T> scale = reinterpret_cast<Vector<T>>(reinterpret_cast<Mask<T>>(shifted) << mantissa_bits);
   return {scale, p, vanishes};
 }
+
+// The formulas of `<op>_math.h`, a vector at a time.
+template <typename T>
+struct VectorArithmetic {
+  using Scalar = T;
+  using Truth = Mask<T>;
+  using V = Vector<T>;
+
+  static MPKERNELS_INLINE V select(Truth truth, V yes, V no) { return truth ? yes : no; }
+  static MPKERNELS_INLINE V minimum(V a, V b) { return a < b ? a : b; }
+  static MPKERNELS_INLINE V maximum(V a, V b) { return a > b ? a : b; }
+  static MPKERNELS_INLINE V sqrt(V x) {
+    for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
+    return x;
+  }
+  static MPKERNELS_INLINE Truth finite(V x) { return x - x == V{}; }
+};
+template <>
+struct Arithmetic<Vector<float>> : VectorArithmetic<float> {};
+template <>
+struct Arithmetic<Vector<double>> : VectorArithmetic<double> {};
 
 }  // namespace mpkernels

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
+from mpkernels.autograd import contiguous, differentiated, forward_mode
 from mpkernels.volume.composite import derivative, schema
 
 
@@ -19,28 +20,14 @@ def run(*arguments, backend: str) -> tuple[Tensor, ...]:
 
     Where nothing asks for a derivative the op is called directly: the Function costs as much as a small op.
     """
-    if _differentiated(arguments[:6]):
+    if differentiated(arguments[:6]):
         return _pick(_Composite).apply(*arguments, backend)
     return _forward(*arguments, backend)  # pyright: ignore[reportCallIssue]
 
 
-def _differentiated(tensors) -> bool:
-    """Whether autograd, a torch.func transform or the compiler has to see an autograd.Function."""
-    return (
-        torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
-        or torch._C._are_functorch_transforms_active()
-        or _forward_mode()
-    )
-
-
-def _forward_mode() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0
-
-
 def _pick(function):
     """The variant that also has a forward-mode derivative, kept apart because torch.compile does not trace those."""
-    return _FORWARD_MODE[function] if _forward_mode() else function
+    return _FORWARD_MODE[function] if forward_mode() else function
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -128,9 +115,6 @@ class _CompositeBackward(torch.autograd.Function):
         needs_ts,
         needs_background,
     ):
-        def contiguous(x):
-            return None if x is None else x.contiguous()
-
         return backends.call(backend, schema.BACKWARD)(
             contiguous(grad_values),
             contiguous(grad_opacity),

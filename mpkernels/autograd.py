@@ -1,0 +1,31 @@
+"""What the autograd.Functions of all ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def differentiated(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd, a torch.func transform or the compiler has to see an autograd.Function.
+
+    Where it is False the op is called directly: a Function costs as much as a small op.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
+        or torch._C._are_functorch_transforms_active()
+        or forward_mode()
+    )
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """``x.contiguous()``, for arguments that may be missing."""
+    return None if x is None else x.contiguous()

@@ -1,0 +1,1 @@
+"""Gaussian splatting: projection, spherical harmonics, tile intersection, rasterization, training (Kerbl et al. 2023)."""

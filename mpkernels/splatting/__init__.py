@@ -1,1 +1,1 @@
-"""Gaussian splatting: projection, spherical harmonics, tile intersection, rasterization, training (Kerbl et al. 2023)."""
+"""Gaussian splatting (Kerbl et al. 2023): projection, spherical harmonics, tiles, rasterization, training."""

@@ -43,13 +43,12 @@ class Comparison:
         return f"{text} ({self.problem})" if self.problem else text
 
 
-def compare(
-    name: str, got: Tensor, reference: Tensor, gold: Tensor, scale: float = 0.0, flips: int = 0
-) -> Comparison:
+def compare(name: str, got: Tensor, reference: Tensor, gold: Tensor, scale: float = 0.0, flips: int = 0) -> Comparison:
     """Compares ``got`` with ``gold`` (float64), allowed twice the error of ``reference`` (same dtype) and a band.
 
-    ``flips`` is how many elements may be farther away. ``scale`` is the size of the terms that a result is the difference of, where that may be far above the result
-    (1 - opacity of an opaque ray): the band is of roundings of the larger of both.
+    ``flips`` is how many elements may be farther away. ``scale`` is the size of the terms that a result is the
+    difference of, where that may be far above the result (1 - opacity of an opaque ray): the band is of roundings of the
+    larger of both.
     """
     if got.shape != gold.shape:
         return Comparison(name, float("inf"), 0.0, f"expected shape {tuple(gold.shape)}, got {tuple(got.shape)}")

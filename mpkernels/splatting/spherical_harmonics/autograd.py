@@ -36,7 +36,7 @@ class _SphericalHarmonics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
         dirs, coeffs, masks = ctx.saved_tensors
         needs_dirs, needs_coeffs = ctx.needs_input_grad[1:3]
         of_dirs, of_coeffs = backends.call(ctx.backend, schema.BACKWARD)(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import uuid
@@ -60,17 +61,7 @@ def save_ply(
         >>> load_ply("/tmp/one.ply")["shN"].shape
         torch.Size([1, 15, 3])
     """
-    plyfile = _plyfile()
-    names, matrix = to_rows(means=means, scales=scales, quats=quats, opacities=opacities, sh0=sh0, shN=shN)
-    names = names[:3] + _NORMAL + names[3:]
-    matrix = np.concatenate([matrix[:, :3], np.zeros((len(matrix), 3), np.float32), matrix[:, 3:]], axis=1)
-    rows = (
-        matrix.view([(name, "<f4") for name in names])[:, 0]
-        if len(matrix)
-        else np.empty(0, [(n, "<f4") for n in names])
-    )
-    data = plyfile.PlyData([plyfile.PlyElement.describe(rows, "vertex")], byte_order="<")
-    write_whole(path, data.write)
+    write_whole(path, encode(means=means, scales=scales, quats=quats, opacities=opacities, sh0=sh0, shN=shN))
 
 
 def load_ply(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -138,20 +129,34 @@ def load_ply(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     }
 
 
-def to_rows(
-    *,
-    means: Tensor,
-    scales: Tensor,
-    quats: Tensor,
-    opacities: Tensor,
-    sh0: Tensor,
-    shN: Tensor | None,
-) -> tuple[tuple[str, ...], np.ndarray]:
-    """The checked Gaussians as (N, P) float32 with the names of the columns; rows that are not finite left out."""
+def encode(
+    *, means: Tensor, scales: Tensor, quats: Tensor, opacities: Tensor, sh0: Tensor, shN: Tensor | None = None
+) -> bytes:
+    """The bytes of the file that :func:`save_ply` writes; the warning names the caller's caller."""
+    plyfile = _plyfile()
+    _check(means=means, scales=scales, quats=quats, opacities=opacities, sh0=sh0, shN=shN)
+    n = len(means)
+    rest = means.new_zeros(n, 0) if shN is None else shN.mT.reshape(n, 3 * shN.shape[1])
+    parts = [means, torch.zeros_like(means), sh0[:, 0], rest, opacities.reshape(n, 1), scales, quats]
+    matrix = torch.cat([part.detach().to("cpu", torch.float32) for part in parts], dim=1)
+    finite = matrix.isfinite().all(dim=1)
+    if not finite.all():
+        dropped = n - int(finite.sum())
+        warnings.warn(f"{dropped} of {n} Gaussians are left out: they hold numbers that are not finite", stacklevel=3)
+        matrix = matrix[finite]
+    rests = [f"f_rest_{i}" for i in range(rest.shape[1])]
+    names = [*_POSITION, *_NORMAL, *_DC, *rests, "opacity", *_SCALE, *_ROTATION]
+    rows = np.empty(len(matrix), [(name, "<f4") for name in names])
+    rows.view("<f4").reshape(matrix.shape)[:] = matrix.numpy()
+    stream = io.BytesIO()
+    plyfile.PlyData([plyfile.PlyElement.describe(rows, "vertex")], byte_order="<").write(stream)
+    return stream.getvalue()
+
+
+def _check(*, means: Tensor, scales: Tensor, quats: Tensor, opacities: Tensor, sh0: Tensor, shN: Tensor | None) -> None:
+    """Raises TypeError or ValueError that names the first tensor of another dtype or shape."""
     checks.floating("means", means)
     n = len(means) if means.dim() else 0
-    if shN is None:
-        shN = means.new_zeros(n, 0, 3)
     shapes = {
         "means": (means, [(n, 3)]),
         "scales": (scales, [(n, 3)]),
@@ -164,6 +169,8 @@ def to_rows(
         if value.shape not in expected:
             described = " or ".join(map(str, expected))
             raise ValueError(f"{name}: expected shape {described} (N is {n} by means), got {tuple(value.shape)}")
+    if shN is None:
+        return
     checks.floating("shN", shN)
     k = shN.shape[1] + 1 if shN.dim() == 3 else 0
     if k == 0 or shN.shape != (n, k - 1, 3) or math.isqrt(k) ** 2 != k:
@@ -171,25 +178,15 @@ def to_rows(
             f"shN: expected shape ({n}, K - 1, 3) with K = (degree + 1)^2, so K - 1 = 0, 3, 8, 15, ...; "
             f"got {tuple(shN.shape)}"
         )
-    parts = [means, sh0[:, 0], opacities.reshape(n, 1), scales, quats]
-    parts.insert(2, shN.mT.reshape(n, 3 * (k - 1)))
-    matrix = torch.cat([part.detach().to("cpu", torch.float32) for part in parts], dim=1)
-    finite = matrix.isfinite().all(dim=1)
-    if not finite.all():
-        dropped = n - int(finite.sum())
-        warnings.warn(f"{dropped} of {n} Gaussians are left out: they hold numbers that are not finite", stacklevel=3)
-        matrix = matrix[finite]
-    rest = tuple(f"f_rest_{i}" for i in range(3 * (k - 1)))
-    return (*_POSITION, *_DC, *rest, "opacity", *_SCALE, *_ROTATION), matrix.contiguous().numpy()
 
 
-def write_whole(path: str | os.PathLike[str], write) -> None:
-    """Calls ``write`` with a binary stream; what it wrote appears at ``path`` at once, or not at all."""
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file that appears at ``path`` when it is complete, or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as stream:
-            write(stream)
+            stream.write(data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

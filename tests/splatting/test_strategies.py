@@ -422,11 +422,16 @@ class TestDefaultStrategy:
         assert count.tolist() == [4, 2, 4, 0, 4]
         torch.testing.assert_close(state["radii"], largest)
 
-    def test_a_gradient_of_what_is_not_seen_counts_nowhere(self):
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_gradient_of_what_is_not_seen_counts_nowhere(self, packed):
         params = gaussians(5)
         info, gradient = rendered(5, hidden=self.hidden)
         gradient[0, 1] = math.nan
         info["radii"][1, 0] = torch.tensor([4, 0])
+        if packed:
+            info |= {name: info[name].flatten(0, 1) for name in ("means2d", "radii")}
+            info["gaussian_ids"] = torch.arange(5).repeat(2)
+            gradient = gradient.flatten(0, 1)
         strategy = DefaultStrategy()
         state = strategy.initialize_state()
         step(strategy, params, trained(params), state, 0, info, gradient)

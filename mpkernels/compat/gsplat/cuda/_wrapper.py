@@ -233,6 +233,7 @@ def fully_fused_projection(
         radius_clip=radius_clip,
         eps2d=eps2d,
         camera_model=camera_model,
+        antialiased=calc_compensations,
         packed=packed,
     )
     return (*outputs, compensations if calc_compensations else None)

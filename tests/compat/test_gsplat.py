@@ -409,6 +409,8 @@ class TestPieces:
         keys = self.keys([0, 0, 0, 2, 2], [0, 1, 1, 3, 5], [2.0, 1.0, 2.0, 1.0, 1.0], 6)
         offsets = gsplat.isect_offset_encode(keys, 3, 3, 2)
         assert offsets.tolist() == [[[0, 1, 3], [3, 3, 3]], [[3, 3, 3], [3, 3, 3]], [[3, 3, 3], [3, 4, 4]]]
+        keys = self.keys([0, 1, 1], [3, 0, 2], [1.0, 1.0, 1.0], 4)
+        assert gsplat.isect_offset_encode(keys, 2, 2, 2).tolist() == [[[0, 0], [0, 0]], [[1, 2], [2, 3]]]
         assert gsplat.isect_offset_encode(keys[:0], 1, 2, 2).tolist() == [[[0, 0], [0, 0]]]
         with pytest.raises(TypeError, match=r"isect_ids.*int64.*int32"):
             gsplat.isect_offset_encode(keys.int(), 3, 3, 2)
@@ -484,6 +486,7 @@ class TestPieces:
         rng = torch.Generator().manual_seed(0)
         images, n, width, height = 2, 4, 3, 2
         means2d = torch.rand(images, n, 2, generator=rng, dtype=torch.float64) * 3
+        means2d[1, 2] = 1.5  # the centre of pixel 4, where its opacity of 1 is cut
         conics = torch.tensor([0.5, 0.1, 0.7]).double() * torch.rand(images, n, 1, generator=rng).double()
         opacities = torch.tensor([[0.3, 0.9, 1.0, 1.0]]).double().expand(images, n).contiguous()
         colors = torch.rand(images, n, 5, generator=rng, dtype=torch.float64)

@@ -199,6 +199,8 @@ SPECS = (
         cost=_cost,
         second_order=False,
         batched=False,
+        demo="python_models.gaussian_splatting",
+        demo_name="splat",
         dtypes=dict.fromkeys(("reference", "cpu", "cuda", "fibres"), (torch.float32, torch.float64)),
     ),
 )

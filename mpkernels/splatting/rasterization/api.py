@@ -147,8 +147,8 @@ def rasterization(
     antialiased = rasterize_mode == "antialiased"
     projected = project_gaussians(
         means,
-        quats,
-        scales,
+        quats if covars is None else None,
+        scales if covars is None else None,
         viewmats,
         Ks,
         width,

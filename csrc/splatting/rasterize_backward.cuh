@@ -22,6 +22,11 @@ constexpr int of_v = 0, of_v_dx = 1, of_v_dy = 2, of_v_dxx = 3, of_v_dxy = 4, of
 constexpr int geometric_sums = 6, absolute_sums = 2;
 constexpr int channels_together = 4;  // where their number is not compiled in
 
+// Blocks of a multiprocessor at a time, which bounds a thread's registers to 64, 80 and 128, none of them spilled.
+// Shared memory (50 KB a block for RGB in float32) allows 4 on an H100 and 3 on an A100.
+template <typename T, int C>
+constexpr int backward_blocks = sizeof(T) == 8 ? 2 : (C == 1 || C == 3 ? 4 : 3);
+
 template <typename T>
 struct PixelGradients {
   const T* colors;          // (I, H, W, D) dL/dcolors, or null
@@ -33,9 +38,8 @@ struct PixelGradients {
 
 template <typename T>
 struct Rows {
-  T* rows;  // (parts, entries, values); only rows with a key are written
-  uint32_t*
-      keys;  // (parts, entries) zeros, which become 1 + the Gaussian where it is drawn; or null: they stand already
+  T* rows;         // (parts, entries, values); only rows with a key are written
+  uint32_t* keys;  // (parts, entries) zeros, which become 1 + the Gaussian where it is drawn; null: they stand already
   bool geometric;  // whether a row begins with its geometric sums
   bool absolute;   // whether those of |dL/dmean2d| follow
   int64_t first_channel;
@@ -46,22 +50,37 @@ struct Rows {
   }
 };
 
+// Of an entry on a pixel.
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+  T v;
+  T weight;  // T alpha; 0 where it is not drawn
+};
+
+// The pixel's place among the gradients of a patch: lanes of different shares meet no bank conflicts.
+template <typename T>
+__device__ __forceinline__ int gradient_at(int pixel) {
+  return pixel + pixel / pair_entries<T>;
+}
+template <typename T>
+constexpr int gradients_of_patch = warp_lanes + warp_lanes / pair_entries<T>;
+
 template <typename T, int C>
 size_t backward_shared_bytes(int warps, int values) {
-  const size_t numbers = warps * (2 * warp_lanes * pair_stride<T> + values * sum_stride + C * warp_lanes);
-  return sizeof(Staged<T, C, batch>) + numbers * sizeof(T) + most_warps * sizeof(unsigned);
+  const size_t of_warp = warp_lanes * pair_stride<T> * sizeof(Pair<T>) +
+                         (C > 0 ? gradients_of_patch<T> * sizeof(Color<T, C>) : 0) + values * sum_stride * sizeof(T);
+  return sizeof(Staged<T, C, batch>) + warps * of_warp + most_warps * sizeof(unsigned);
 }
 
-// Entries' v and w = T alpha on the pixels of one patch, and all that a warp needs to sum them. Lane = pixel writes
-// them, lane = (entry, pixels of a share) reads them.
+// The pairs of entries with the pixels of one patch, and all that a warp needs to sum them. Lane = pixel writes them,
+// lane = (entry, pixels of a share) reads them.
 template <typename T, int C>
 struct Patch {
-  T* v;                        // (32 pixels, pair_stride)
-  T* w;                        // (32 pixels, pair_stride)
+  Pair<T>* pairs;              // (32 pixels, pair_stride)
+  Color<T, C>* gradients;      // (gradients_of_patch,) dL/dcolors
   T* sums;                     // (values, sum_stride)
-  T* gradients;                // (C, 32 pixels) dL/dcolors
   const T* rows_of_gradients;  // (I, H, W, D) dL/dcolors, where C = 0
-  T left, top;                 // centre of the first pixel
+  T x, y;                      // centre of the lane's pixel
 };
 
 template <typename T>
@@ -85,18 +104,20 @@ __device__ __forceinline__ void sum_pairs(const Patch<T, C>& patch, const Staged
   if (mine && (C > 0 || out.geometric)) {
     const Center<T> center = staged.centers[first_entry + entry];
     const Shape<T> shape = staged.shapes[first_entry + entry];
+    const T left = center.x - (patch.x - T(lane % patch_width));
+    const T top = center.y - (patch.y - T(lane / patch_width));
+    constexpr int together = 4;  // pixels; more take too many registers
+#pragma unroll 1
+    for (int first = first_pixel; first < first_pixel + E; first += together) {
+      const T dx_of_first = left - T(first % patch_width);
+      const T dy = top - T(first / patch_width);
 #pragma unroll
-    for (int row = 0; row < E / patch_width; ++row) {
-      const T dy = center.y - (patch.top + T(first_pixel / patch_width + row));
-#pragma unroll
-      for (int column = 0; column < patch_width; ++column) {
-        const int pixel = first_pixel + row * patch_width + column;
-        const T weight = patch.w[pixel * pair_stride<T> + entry];
-        if (weight == 0) continue;  // not drawn here: nothing of it is multiplied
-        const T here = patch.v[pixel * pair_stride<T> + entry];
-        const T dx = center.x - (patch.left + T(column));
-        const T here_dx = here * dx, here_dy = here * dy;
-        v += here;
+      for (int i = 0; i < together; ++i) {
+        const int pixel = first + i;
+        const Pair<T> pair = patch.pairs[pixel * pair_stride<T> + entry];
+        const T dx = dx_of_first - T(i);
+        const T here_dx = pair.v * dx, here_dy = pair.v * dy;
+        v += pair.v;
         v_dx += here_dx;
         v_dy += here_dy;
         v_dxx += here_dx * dx;
@@ -106,8 +127,14 @@ __device__ __forceinline__ void sum_pairs(const Patch<T, C>& patch, const Staged
           absolute_x += fabs(2 * shape.a * here_dx + shape.b * here_dy);
           absolute_y += fabs(shape.b * here_dx + 2 * shape.c * here_dy);
         }
+        if constexpr (C > 0) {
+          const Color<T, C> gradient = patch.gradients[gradient_at<T>(pixel)];
 #pragma unroll
-        for (int c = 0; c < C; ++c) color[c] += weight * patch.gradients[c * warp_lanes + pixel];
+          for (int c = 0; c < C; ++c) {
+            // gradients of a pixel that it is not drawn on may be anything
+            if (pair.weight != 0) color[c] += pair.weight * gradient.channel[c];
+          }
+        }
       }
     }
   }
@@ -158,7 +185,7 @@ __device__ __forceinline__ void sum_color_pairs(const Patch<T, 0>& patch, const 
     T color[channels_together] = {};
     if (mine && patch.rows_of_gradients != nullptr) {
       for (int pixel = first_pixel; pixel < first_pixel + E; ++pixel) {
-        const T weight = patch.w[pixel * pair_stride<T> + entry];
+        const T weight = patch.pairs[pixel * pair_stride<T> + entry].weight;
         if (weight == 0) continue;
         const T* gradient = patch.rows_of_gradients + pixels(pixel) * channels + out.first_channel + first;
 #pragma unroll
@@ -175,7 +202,7 @@ __device__ __forceinline__ void sum_color_pairs(const Patch<T, 0>& patch, const 
   }
 }
 
-// Where C = 0: g . c of the lane's pixel with each of the entries, left in patch.v.
+// Where C = 0: g . c of the lane's pixel with each of the entries, left in the pairs' v.
 template <typename T>
 __device__ __forceinline__ void color_products(const Patch<T, 0>& patch, const Staged<T, 0, batch>& staged,
                                                const Gaussians<T>& gaussians, const T* gradient,  // (D,) or null
@@ -199,19 +226,18 @@ __device__ __forceinline__ void color_products(const Patch<T, 0>& patch, const S
     }
   }
 #pragma unroll
-  for (int e = 0; e < E; ++e) patch.v[lane * pair_stride<T> + e] = product[e];
+  for (int e = 0; e < E; ++e) patch.pairs[lane * pair_stride<T> + e].v = product[e];
 }
 
 // C: the number of channels where it is compiled in; 0 for any number.
 template <typename T, int C>
-__global__ void __launch_bounds__(most_threads)
+__global__ void __launch_bounds__(most_threads, backward_blocks<T, C>)
     rasterize_backward_kernel(const Gaussians<T> gaussians,  // M of them, see Gaussians
                               const Tiles tiles,             // I images of tiles, see Tiles
                               const PixelGradients<T> in,    // (I, H, W, ...), see PixelGradients
                               const Rows<T> out,             // (parts, entries, values), see Rows
                               int64_t first_task) {          // (tile, part) of block 0
   constexpr int E = pair_entries<T>;
-  constexpr int colors = C > 0 ? C : 1;
   using Stage = Staged<T, C, batch>;
   const int threads = blockDim.x;
   const int warps = threads / warp_lanes;
@@ -221,25 +247,23 @@ __global__ void __launch_bounds__(most_threads)
 
   MPKERNELS_DYNAMIC_SHARED(unsigned char, memory);
   Stage& staged = *reinterpret_cast<Stage*>(memory);
-  T* numbers = reinterpret_cast<T*>(memory + sizeof(Stage));
+  unsigned char* free = memory + sizeof(Stage);
   Patch<T, C> patch;
-  patch.v = numbers + warp * warp_lanes * pair_stride<T>;
-  numbers += warps * warp_lanes * pair_stride<T>;
-  patch.w = numbers + warp * warp_lanes * pair_stride<T>;
-  numbers += warps * warp_lanes * pair_stride<T>;
-  const T* sums_of_warps = numbers;
-  patch.sums = numbers + warp * values * sum_stride;
-  numbers += warps * values * sum_stride;
-  patch.gradients = numbers + warp * C * warp_lanes;
-  numbers += warps * C * warp_lanes;
-  unsigned* of_warps = reinterpret_cast<unsigned*>(numbers);  // (most_warps,)
+  patch.pairs = reinterpret_cast<Pair<T>*>(free) + warp * warp_lanes * pair_stride<T>;
+  free += warps * warp_lanes * pair_stride<T> * sizeof(Pair<T>);
+  if constexpr (C > 0) {
+    patch.gradients = reinterpret_cast<Color<T, C>*>(free) + warp * gradients_of_patch<T>;
+    free += warps * gradients_of_patch<T> * sizeof(Color<T, C>);
+  }
+  const T* sums_of_warps = reinterpret_cast<const T*>(free);
+  patch.sums = reinterpret_cast<T*>(free) + warp * values * sum_stride;
+  free += warps * values * sum_stride * sizeof(T);
+  unsigned* of_warps = reinterpret_cast<unsigned*>(free);  // (most_warps,)
 
   const int64_t task = first_task + blockIdx.x;
-  const int part_of_tile = static_cast<int>(task % tiles.parts);
-  const Part part(tiles, task / tiles.parts, part_of_tile);
-  const T x = T(part.x) + T(0.5), y = T(part.y) + T(0.5);
-  patch.left = T(part.x - lane % patch_width) + T(0.5);
-  patch.top = T(part.y - lane / patch_width) + T(0.5);
+  const Part part(tiles, task / tiles.parts, static_cast<int>(task % tiles.parts));
+  patch.x = T(part.x) + T(0.5);
+  patch.y = T(part.y) + T(0.5);
   patch.rows_of_gradients = in.colors;
   const PixelsOfPatch pixels{part.pixel - int64_t(lane / patch_width) * tiles.width - lane % patch_width, tiles.width};
 
@@ -248,6 +272,7 @@ __global__ void __launch_bounds__(most_threads)
   if (lane == 0) of_warps[warp] = static_cast<unsigned>(last_of_warp);
   __syncthreads();
   int32_t last_of_block = 0;
+#pragma unroll 4
   for (int w = 0; w < warps; ++w) last_of_block = max(last_of_block, static_cast<int32_t>(of_warps[w]));
   if (last_of_block == 0) return;
 
@@ -258,13 +283,13 @@ __global__ void __launch_bounds__(most_threads)
   const T* background = in.backgrounds == nullptr ? nullptr : in.backgrounds + part.image * channels;
   T transmittance = live ? in.transmittances[part.pixel] : T(1);
   T behind = live && in.alphas != nullptr ? -in.alphas[part.pixel] : T(0);
-  T g[colors] = {};
+  Color<T, C> g{};
 #pragma unroll
   for (int c = 0; c < C; ++c) {
-    if (gradient != nullptr) g[c] = gradient[c];
-    patch.gradients[c * warp_lanes + lane] = g[c];
-    if (background != nullptr) behind += g[c] * background[c];
+    if (gradient != nullptr) g.channel[c] = gradient[c];
+    if (background != nullptr) behind += g.channel[c] * background[c];
   }
+  if constexpr (C > 0) patch.gradients[gradient_at<T>(lane)] = g;
   if (C == 0 && gradient != nullptr && background != nullptr) {
     for (int64_t c = 0; c < channels; ++c) behind += gradient[c] * background[c];
   }
@@ -291,24 +316,25 @@ __global__ void __launch_bounds__(most_threads)
         left ^= 1u << e;
         const int i = first_entry + e;
         const Center<T> center = staged.centers[i];
-        T opacity, v = 0, weight = 0;
-        if (first + i < last && is_seen(staged.shapes[i], center.x - x, center.y - y, opacity)) {
+        T opacity;
+        Pair<T> pair{0, 0};
+        if (first + i < last && is_seen(staged.shapes[i], center.x - patch.x, center.y - patch.y, opacity)) {
           const T alpha = min(opacity, alpha_max<T>);
           const T factor = inverse(1 - alpha);
           transmittance *= factor;
-          weight = alpha * transmittance;
+          pair.weight = alpha * transmittance;
           T gain = 0;
           if constexpr (C == 0) {
-            if (out.geometric) gain = patch.v[lane * pair_stride<T> + e];
+            if (out.geometric) gain = patch.pairs[lane * pair_stride<T> + e].v;
           }
+          const Color<T, C> color = staged.colors[i];
 #pragma unroll
-          for (int c = 0; c < C; ++c) gain += g[c] * staged.colors[i * C + c];
-          if (opacity <= alpha_max<T>) v = opacity * (transmittance * gain - behind * factor);
-          behind += weight * gain;
+          for (int c = 0; c < C; ++c) gain += g.channel[c] * color.channel[c];
+          if (opacity <= alpha_max<T>) pair.v = opacity * (transmittance * gain - behind * factor);
+          behind += pair.weight * gain;
           drawn |= 1u << e;
         }
-        patch.v[lane * pair_stride<T> + e] = v;
-        patch.w[lane * pair_stride<T> + e] = weight;
+        patch.pairs[lane * pair_stride<T> + e] = pair;
       }
       drawn = __reduce_or_sync(all_lanes, drawn);
       if (drawn == 0) continue;
@@ -323,12 +349,15 @@ __global__ void __launch_bounds__(most_threads)
 
     // Phase 3: sums of the warps that drew, in their order
     unsigned drawn = 0;
+#pragma unroll 4
     for (int w = 0; w < warps; ++w) drawn |= of_warps[w];
-    const int64_t row = part_of_tile * tiles.entries + part.begin + first;
+    const int64_t row = part.first_patch / most_warps * tiles.entries + part.begin + first;
+#pragma unroll 1
     for (int at = threadIdx.x; at < batch * values; at += threads) {
       const int entry = at / values, value = at % values;
       if (!(drawn >> entry & 1)) continue;
       T sum = 0;
+#pragma unroll 4
       for (int w = 0; w < warps; ++w) {
         if (of_warps[w] >> entry & 1) sum += sums_of_warps[(w * values + value) * sum_stride + entry];
       }

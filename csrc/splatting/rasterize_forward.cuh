@@ -14,9 +14,13 @@ struct Image {
   int32_t* last;      // (I, H, W)
 };
 
+// Blocks of a multiprocessor at a time, which bounds a thread's registers: to 48 for 1 and 3 channels in float32.
+template <typename T, int C>
+constexpr int forward_blocks = sizeof(T) == 8 ? (C == 0 ? 2 : 3) : (C == 1 || C == 3 ? 5 : 4);
+
 // C: the number of channels where it is compiled in; 0 for any number, of which a block draws general_channels.
 template <typename T, int C>
-__global__ void __launch_bounds__(most_threads)
+__global__ void __launch_bounds__(most_threads, forward_blocks<T, C>)
     rasterize_forward_kernel(const Gaussians<T> gaussians,  // M of them, see Gaussians
                              const Tiles tiles,             // I images of tiles, see Tiles
                              const T* backgrounds,          // (I, D) or null
@@ -39,12 +43,11 @@ __global__ void __launch_bounds__(most_threads)
   T transmittance = 1;
   int32_t last = 0;
   bool done = !part.inside;
-  const int64_t end = part.masked ? part.begin : part.end;
-  for (int64_t first = part.begin; first < end; first += threads) {
+  for (int first = 0; first < part.length; first += threads) {
     if (__syncthreads_count(done) == threads) break;  // and everybody has read the batch before
-    const int count = static_cast<int>(min(int64_t(threads), end - first));
+    const int count = min(threads, part.length - first);
     if (int(threadIdx.x) < count) {
-      staged.stage(threadIdx.x, gaussians, tiles, part, first + threadIdx.x, first_channel);
+      staged.stage(threadIdx.x, gaussians, tiles, part, part.begin + first + threadIdx.x, first_channel);
     }
     __syncthreads();
     for (int group = 0; group < count; group += warp_lanes) {
@@ -64,10 +67,11 @@ __global__ void __launch_bounds__(most_threads)
           break;
         }
         const T weight = alpha * transmittance;
+        const Color<T, K> seen = staged.colors[i];
 #pragma unroll
-        for (int c = 0; c < K; ++c) color[c] += staged.colors[i * K + c] * weight;
+        for (int c = 0; c < K; ++c) color[c] += seen.channel[c] * weight;
         transmittance = behind;
-        last = static_cast<int32_t>(first - part.begin) + i + 1;
+        last = first + i + 1;
       }
     }
   }

@@ -53,7 +53,8 @@ MPKERNELS_HOST_DEVICE inline double power_of_two(double x) {
 // step of Newton's iteration.
 MPKERNELS_HOST_DEVICE inline float inverse(float x) {
 #if defined(__CUDA_ARCH__)
-  const float y = __fdividef(1.0f, x);
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return fmaf(y, fmaf(-x, y, 1.0f), y);
 #else
   return 1 / x;

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(most_threads)
   }
 }
 
-constexpr int pixels_of_piece = 16 * most_threads;
+constexpr int pixels_of_piece = 8 * most_threads;
 
 // dL/dbackgrounds = sum over pixels of T dL/dcolors. First the pieces of an image, a block each.
 template <typename T>

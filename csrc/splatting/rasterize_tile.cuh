@@ -23,6 +23,8 @@ constexpr int most_threads = most_warps * warp_lanes;
 template <typename T>
 constexpr int general_channels = 64 / sizeof(T);
 
+constexpr int longest_list = 0x7fffff00;
+
 template <typename T>
 struct Gaussians {
   const T* means2d;    // (M, 2)
@@ -49,11 +51,11 @@ struct Tiles {
 // The part of a tile that a block draws, and the pixel of a thread.
 struct Part {
   int64_t image;
-  int64_t begin, end;  // the tile's list in flatten_ids
-  int left, top;       // of the tile
-  int first_patch, patches;
-  bool masked;
-  int x, y;  // the thread's pixel
+  int64_t begin;    // of the tile's list in flatten_ids
+  int length;       // of the list
+  int left, top;    // of the tile
+  int first_patch;  // of the block, in the tile
+  int x, y;         // the thread's pixel
   bool inside;
   int64_t pixel;  // in (I, H, W); only where `inside`
 
@@ -65,10 +67,10 @@ struct Part {
     top = static_cast<int>(in_image / tiles.tile_columns) * tiles.tile_size;
     // offsets that make no sense must not be read beyond the list
     begin = max(int64_t(0), min(tiles.offsets[tile], tiles.entries));
-    end = tile + 1 < tiles.tiles ? max(begin, min(tiles.offsets[tile + 1], tiles.entries)) : tiles.entries;
-    masked = tiles.masks != nullptr && !tiles.masks[tile];
+    const int64_t end = tile + 1 < tiles.tiles ? min(tiles.offsets[tile + 1], tiles.entries) : tiles.entries;
+    const bool masked = tiles.masks != nullptr && !tiles.masks[tile];
+    length = masked ? 0 : static_cast<int>(max(int64_t(0), min(end - begin, int64_t(longest_list))));
     first_patch = part * most_warps;
-    patches = min(most_warps, tiles.patches - first_patch);
     const int warp = threadIdx.x / warp_lanes;
     const int lane = threadIdx.x % warp_lanes;
     const int patch = first_patch + warp;
@@ -76,8 +78,8 @@ struct Part {
     const int down = patch / tiles.patch_columns * patch_height + lane / patch_width;
     x = left + across;
     y = top + down;
-    inside =
-        warp < patches && across < tiles.tile_size && down < tiles.tile_size && x < tiles.width && y < tiles.height;
+    inside = patch < tiles.patches && across < tiles.tile_size && down < tiles.tile_size && x < tiles.width &&
+             y < tiles.height;
     pixel = (image * tiles.height + y) * tiles.width + x;
   }
 };
@@ -93,11 +95,12 @@ __device__ __forceinline__ bool finite(T x) {
 // drawn on no pixel wherever it lies, such as those that are not finite, get none.
 template <typename T>
 __device__ __forceinline__ unsigned patches_touched(const Center<T>& center, const Shape<T>& shape, const Part& part,
-                                                    int patch_columns) {
+                                                    const Tiles& tiles) {
   const bool sound = finite(center.x) && finite(center.y) && finite(shape.a) && finite(shape.b) && finite(shape.c) &&
                      finite(shape.opacity);
   if (!sound || !(shape.opacity >= alpha_min<T> * T(0.99))) return 0;
-  const unsigned all = (1u << part.patches) - 1;
+  const int patches = min(most_warps, tiles.patches - part.first_patch);
+  const unsigned all = (1u << patches) - 1;
   const T product = 4 * shape.a * shape.c;
   const T determinant = product - shape.b * shape.b;
   if (!(shape.a > 0 && determinant > product * T(1e-4))) return all;
@@ -105,15 +108,15 @@ __device__ __forceinline__ unsigned patches_touched(const Center<T>& center, con
   const T half_width = T(1.01) * sqrt(most * (4 * shape.c / determinant));
   const T half_height = T(1.01) * sqrt(most * (4 * shape.a / determinant));
   unsigned touched = 0;
-  int column = part.first_patch % patch_columns;
-  int row = part.first_patch / patch_columns;
-  for (int w = 0; w < part.patches; ++w) {
+  int column = part.first_patch % tiles.patch_columns;
+  int row = part.first_patch / tiles.patch_columns;
+  for (int w = 0; w < patches; ++w) {
     const T x = T(part.left + column * patch_width) + T(0.5);
     const T y = T(part.top + row * patch_height) + T(0.5);
     const bool misses = x - center.x > half_width || center.x - (x + (patch_width - 1)) > half_width ||
                         y - center.y > half_height || center.y - (y + (patch_height - 1)) > half_height;
     if (!misses) touched |= 1u << w;
-    if (++column == patch_columns) {
+    if (++column == tiles.patch_columns) {
       column = 0;
       ++row;
     }
@@ -121,12 +124,18 @@ __device__ __forceinline__ unsigned patches_touched(const Center<T>& center, con
   return touched;
 }
 
+// K channels, read from shared memory 16 bytes at a time.
+template <typename T, int K>
+struct alignas(K >= 3 ? 16 : sizeof(T)) Color {
+  T channel[K > 0 ? K : 1];
+};
+
 // Gaussians in shared memory.
 template <typename T, int K, int capacity>
 struct Staged {
   Center<T> centers[capacity];
   Shape<T> shapes[capacity];
-  T colors[capacity * (K > 0 ? K : 1)];
+  Color<T, K> colors[capacity];
   int32_t ids[capacity];
   unsigned char touched[capacity];  // a bit a patch of the block
 
@@ -145,8 +154,10 @@ struct Staged {
     ids[at] = static_cast<int32_t>(id);
     const T* color = gaussians.colors + id * gaussians.channels + first_channel;
 #pragma unroll
-    for (int c = 0; c < K; ++c) colors[at * K + c] = first_channel + c < gaussians.channels ? color[c] : T(0);
-    touched[at] = static_cast<unsigned char>(patches_touched(center, shape, part, tiles.patch_columns));
+    for (int c = 0; c < K; ++c) {
+      colors[at].channel[c] = first_channel + c < gaussians.channels ? color[c] : T(0);
+    }
+    touched[at] = static_cast<unsigned char>(patches_touched(center, shape, part, tiles));
   }
 };
 

@@ -1,17 +1,20 @@
 // Rasterization of projected Gaussians on a GPU, forward and backward.
 //
 //   on a pixel, with d = mean - centre:
-//   sigma_i = (a dx^2 + c dy^2) / 2 + b dx dy    alpha_i = min(0.999, o exp(-sigma_i))    T_i = prod_{j<i} (1 -
-//   alpha_j) color = sum_i T_i alpha_i c_i + T background
+//     sigma_i = (a dx^2 + c dy^2) / 2 + b dx dy        alpha_i = min(0.999, o exp(-sigma_i))
+//     color = sum_i T_i alpha_i c_i + T background      T_i = prod_{j<i} (1 - alpha_j)
 //
 // (Kerbl et al. 2023, "3D Gaussian Splatting", eq. 3), over the list of the pixel's tile, without Gaussians of
 // o exp(-sigma) < 1/255, up to the first that would leave T <= 1e-4. With g = dL/dcolor, T the final transmittance and
 // B_i = sum_{j>i} T_j alpha_j (g . c_j) + T (g . background - dL/dalpha_out), the backward walks from the end of the
 // list:
 //
-//   T_i = T_{i+1} / (1 - alpha_i)     dL/dalpha_i = T_i (g . c_i) - B_i / (1 - alpha_i)     v_i = alpha_i dL/dalpha_i
-//   of c: sum T_i alpha_i g     of o: sum v / o     of mean: -(a, b; b, c) sum v d     of (a, b, c): -sum v (dx^2/2, dx
-//   dy, dy^2/2)     with sums over pixels, and v = 0 where alpha was cut.
+//     T_i = T_{i+1} / (1 - alpha_i)
+//     dL/dalpha_i = T_i (g . c_i) - B_i / (1 - alpha_i)
+//     v_i = alpha_i dL/dalpha_i, and 0 where alpha was cut
+//
+//   with sums over pixels:  color: sum T_i alpha_i g      o: sum v / o      mean: -(a, b; b, c) sum v d
+//                           (a, b, c): -sum v (dx^2 / 2, dx dy, dy^2 / 2)
 //
 // Sums behind a Gaussian grow from the small end: a total of the pixel minus what lies in front would leave the
 // rounding of the total in the gradients of the faint ones at the end of a list.

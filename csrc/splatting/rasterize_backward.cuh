@@ -247,18 +247,18 @@ __global__ void __launch_bounds__(most_threads, backward_blocks<T, C>)
 
   MPKERNELS_DYNAMIC_SHARED(unsigned char, memory);
   Stage& staged = *reinterpret_cast<Stage*>(memory);
-  unsigned char* free = memory + sizeof(Stage);
+  unsigned char* unused = memory + sizeof(Stage);
   Patch<T, C> patch;
-  patch.pairs = reinterpret_cast<Pair<T>*>(free) + warp * warp_lanes * pair_stride<T>;
-  free += warps * warp_lanes * pair_stride<T> * sizeof(Pair<T>);
+  patch.pairs = reinterpret_cast<Pair<T>*>(unused) + warp * warp_lanes * pair_stride<T>;
+  unused += warps * warp_lanes * pair_stride<T> * sizeof(Pair<T>);
   if constexpr (C > 0) {
-    patch.gradients = reinterpret_cast<Color<T, C>*>(free) + warp * gradients_of_patch<T>;
-    free += warps * gradients_of_patch<T> * sizeof(Color<T, C>);
+    patch.gradients = reinterpret_cast<Color<T, C>*>(unused) + warp * gradients_of_patch<T>;
+    unused += warps * gradients_of_patch<T> * sizeof(Color<T, C>);
   }
-  const T* sums_of_warps = reinterpret_cast<const T*>(free);
-  patch.sums = reinterpret_cast<T*>(free) + warp * values * sum_stride;
-  free += warps * values * sum_stride * sizeof(T);
-  unsigned* of_warps = reinterpret_cast<unsigned*>(free);  // (most_warps,)
+  const T* sums_of_warps = reinterpret_cast<const T*>(unused);
+  patch.sums = reinterpret_cast<T*>(unused) + warp * values * sum_stride;
+  unused += warps * values * sum_stride * sizeof(T);
+  unsigned* of_warps = reinterpret_cast<unsigned*>(unused);  // (most_warps,)
 
   const int64_t task = first_task + blockIdx.x;
   const Part part(tiles, task / tiles.parts, static_cast<int>(task % tiles.parts));
@@ -324,12 +324,13 @@ __global__ void __launch_bounds__(most_threads, backward_blocks<T, C>)
           transmittance *= factor;
           pair.weight = alpha * transmittance;
           T gain = 0;
-          if constexpr (C == 0) {
-            if (out.geometric) gain = patch.pairs[lane * pair_stride<T> + e].v;
-          }
-          const Color<T, C> color = staged.colors[i];
+          if constexpr (C > 0) {
+            const Color<T, C> color = staged.colors[i];
 #pragma unroll
-          for (int c = 0; c < C; ++c) gain += g.channel[c] * color.channel[c];
+            for (int c = 0; c < C; ++c) gain += g.channel[c] * color.channel[c];
+          } else if (out.geometric) {
+            gain = patch.pairs[lane * pair_stride<T> + e].v;
+          }
           if (opacity <= alpha_max<T>) pair.v = opacity * (transmittance * gain - behind * factor);
           behind += pair.weight * gain;
           drawn |= 1u << e;

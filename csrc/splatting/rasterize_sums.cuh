@@ -58,9 +58,8 @@ __global__ void __launch_bounds__(most_threads)
     }
     const T v_dx = __shfl_sync(all_lanes, total, of_v_dx), v_dy = __shfl_sync(all_lanes, total, of_v_dy);
     if (lane >= values) continue;
-    const bool drawn = end > begin;  // what is not drawn may be anything
     if (lane >= first_color) {
-      out.colors[id * gaussians.channels + in.first_channel + lane - first_color] = drawn ? total : T(0);
+      out.colors[id * gaussians.channels + in.first_channel + lane - first_color] = total;
       continue;
     }
     const T* conic = gaussians.conics + 3 * id;
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(most_threads)
       to = out.conics + 3 * id + (lane - of_v_dxx);
       gradient = lane == of_v_dxy ? -total : T(-0.5) * total;
     }
-    *to = drawn ? gradient : T(0);
+    *to = end > begin ? gradient : T(0);  // what is not drawn may be anything
   }
 }
 

@@ -18,7 +18,7 @@
 // before (match): no step depends on the order in which threads run. The one atomic counts, in integers.
 //
 // Bytes a pair and pass: keys are read twice and written once, values read once and written once: 8-byte keys 32,
-// 4-byte keys 20; and 20 bytes for each of the 256 counts of a tile of 3,072 (4-byte keys: 4,096) keys.
+// 4-byte keys 20; and 20 bytes for each of the 256 counts of a tile of 3,072 keys.
 #pragma once
 
 #include "splatting/prefix_sum.cuh"
@@ -32,11 +32,9 @@ constexpr int radix_threads = 256;  // a digit each where a block works on digit
 constexpr int radix_warps = radix_threads / 32;
 static_assert(radix_threads == radix_digits, "a thread a digit");
 
-// Rounds of 32 keys that a warp takes: what static shared memory (48 KiB) holds beside the counters.
-template <typename Key>
-constexpr int radix_rounds = sizeof(Key) == 8 ? 12 : 16;
-template <typename Key>
-constexpr int radix_tile = radix_threads * radix_rounds<Key>;
+// Rounds of 32 keys that a warp takes: what registers, and static shared memory (48 KiB) beside the counters, hold.
+constexpr int radix_rounds = 12;
+constexpr int radix_tile = radix_threads * radix_rounds;
 
 template <typename Key>
 __device__ __forceinline__ int radix_digit(Key key, int shift, unsigned mask) {
@@ -51,9 +49,9 @@ __global__ void __launch_bounds__(radix_threads)
   __shared__ int32_t digits[radix_digits];
   digits[threadIdx.x] = 0;
   __syncthreads();
-  const int64_t first = int64_t{blockIdx.x} * radix_tile<Key> + threadIdx.x;
+  const int64_t first = int64_t{blockIdx.x} * radix_tile + threadIdx.x;
 #pragma unroll
-  for (int i = 0; i < radix_rounds<Key>; ++i) {
+  for (int i = 0; i < radix_rounds; ++i) {
     const int64_t at = first + i * radix_threads;
     if (at < count) atomicAdd(&digits[radix_digit(keys[at], shift, mask)], 1);
   }
@@ -67,15 +65,15 @@ __global__ void __launch_bounds__(radix_threads)
     radix_scatter_kernel(const Key* __restrict__ keys, const int32_t* __restrict__ values,
                          const int64_t* __restrict__ offsets, Key* __restrict__ sorted_keys,
                          int32_t* __restrict__ sorted_values, int64_t count, int shift, unsigned mask) {
-  constexpr int rounds = radix_rounds<Key>;
+  constexpr int rounds = radix_rounds;
   __shared__ int32_t counters[radix_warps][radix_digits];
   __shared__ int64_t destinations[radix_digits];  // of a digit's first key, less that key's place in the tile
-  __shared__ __align__(16) unsigned char exchanged[radix_tile<Key> * sizeof(Key)];
+  __shared__ __align__(16) unsigned char exchanged[radix_tile * sizeof(Key)];
   Key* exchanged_keys = reinterpret_cast<Key*>(exchanged);
   int32_t* exchanged_values = reinterpret_cast<int32_t*>(exchanged);
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int64_t tile_begin = int64_t{blockIdx.x} * radix_tile<Key>;
+  const int64_t tile_begin = int64_t{blockIdx.x} * radix_tile;
   const int64_t warp_begin = tile_begin + warp * 32 * rounds;
   for (int i = 0; i < radix_warps; ++i) counters[i][thread] = 0;
   __syncthreads();
@@ -166,7 +164,7 @@ struct RadixWorkspace {
   int64_t blocks;
   size_t offsets, tile_sums, keys, values, counts, bytes;
 
-  explicit RadixWorkspace(int64_t count) : blocks((count + radix_tile<Key> - 1) / radix_tile<Key>) {
+  explicit RadixWorkspace(int64_t count) : blocks((count + radix_tile - 1) / radix_tile) {
     const auto padded = [](size_t size) { return (size + 15) / 16 * 16; };
     const size_t counters = static_cast<size_t>(blocks) * radix_digits;
     offsets = 0;

@@ -20,8 +20,8 @@ void draw_tile(const Scene<T>& s, const Tile<T>& tile, const Images<T>& out) {
   const int64_t channels = C > 0 ? C : s.channels;
   const int64_t vectors = tile.vectors();
   thread_local Scratch<T> scratch;
-  // of every pixel: transmittance (0 once the pixel has ended), that behind its last Gaussian, the place of that
-  // Gaussian, colors
+  // of every pixel: transmittance (0 once the pixel has ended), and, where it has ended, the transmittance and the place
+  // in the list in front of which it did; colors
   Vector<T>* transmittance = scratch.vectors((3 + channels) * vectors + (vectors + 7) / 8);
   Vector<T>* ended_at = transmittance + vectors;
   auto* last = reinterpret_cast<Mask<T>*>(ended_at + vectors);
@@ -34,7 +34,7 @@ void draw_tile(const Scene<T>& s, const Tile<T>& tile, const Images<T>& out) {
   }
   for (int64_t i = 0; i < vectors; ++i) {
     ended_at[i] = Vector<T>{};
-    last[i] = Mask<T>{};
+    last[i] = Mask<T>{} + static_cast<Integer<T>>(tile.end - tile.first);
     alive[i] = 1;
   }
   for (int64_t i = 0; i < channels * vectors; ++i) colors[i] = Vector<T>{};
@@ -50,7 +50,7 @@ void draw_tile(const Scene<T>& s, const Tile<T>& tile, const Images<T>& out) {
     const Rows<T> rows = rows_of(g, tile);
     if (rows.first == rows.end) continue;
     const T* color = C > 0 ? g.color : s.color(id);
-    const auto place = static_cast<Integer<T>>(k - tile.first + 1);
+    const auto place = static_cast<Integer<T>>(k - tile.first);
     for (int64_t v = 0; v < tile.columns; ++v) {
       const Column<T> column = column_of(g, tile, v);
       for (int64_t row = rows.first; row < rows.end; ++row) {
@@ -65,7 +65,6 @@ void draw_tile(const Scene<T>& s, const Tile<T>& tile, const Images<T>& out) {
         const LaneMask<T> drawn = both<T>(covered.drawn, above<T>(behind, broadcast<T>(transmittance_min<T>)));
         // a pixel ends here, unless it has ended before
         const LaneMask<T> ends = both<T>(but_not<T>(covered.drawn, drawn), above<T>(in_front, Vector<T>{}));
-        last[i] = choose_integer<T>(drawn, Mask<T>{} + place, last[i]);
         Vector<T> next = choose<T>(drawn, behind, in_front);
         if constexpr (C > 0) {
           for (int c = 0; c < C; ++c) {
@@ -80,6 +79,7 @@ void draw_tile(const Scene<T>& s, const Tile<T>& tile, const Images<T>& out) {
         }
         if (!none<T>(ends)) {
           ended_at[i] = choose<T>(ends, in_front, ended_at[i]);
+          last[i] = choose_integer<T>(ends, Mask<T>{} + place, last[i]);
           next = choose<T>(ends, Vector<T>{}, next);
           if (none<T>(above<T>(next, Vector<T>{}))) {
             alive[i] = 0;

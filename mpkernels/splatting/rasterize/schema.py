@@ -17,9 +17,9 @@ flatten_ids         (n,) int32            the Gaussians of every tile, front to 
 ==================  ====================  ================================================================
 
 The forward gives colors (I, H, W, D), alphas (I, H, W), the transmittance behind the last Gaussian drawn (I, H, W), and
-``last`` (I, H, W) int32: one past the place of that Gaussian in its tile's list. The backward gives gradients of
-means2d, conics, colors, opacities, backgrounds, and the sum over pixels of the absolute gradient of means2d
-(``absgrad``); what was not asked for comes back without elements. All tensors are contiguous.
+``last`` (I, H, W) int32: a place in its tile's list from which on nothing is drawn on the pixel. The backward gives
+gradients of means2d, conics, colors, opacities, backgrounds, and the sum over pixels of the absolute gradient of
+means2d (``absgrad``); what was not asked for comes back without elements. All tensors are contiguous.
 """
 
 from __future__ import annotations

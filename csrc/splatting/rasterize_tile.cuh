@@ -23,7 +23,7 @@ constexpr int most_threads = most_warps * warp_lanes;
 template <typename T>
 constexpr int general_channels = 64 / sizeof(T);
 
-constexpr int longest_list = 0x7fffff00;
+constexpr int longest_list = 0x7fffff00;  // places in a list are int, with room for a batch
 
 template <typename T>
 struct Gaussians {

@@ -2,7 +2,9 @@
 // mpkernels/splatting/intersect_tiles/schema.py.
 //
 // The keys image | tile | depth need no sort of their own, which would move each of the n intersections several times:
-//   1. each Gaussian's columns in each row of tiles (its spans) are found once, and kept;
+//   1. each Gaussian's columns in each row of tiles (its spans) are found once, and kept: a vector takes Gaussians,
+//   then
+//      rows of tiles;
 //   2. the Gaussians that have tiles, of all images together, are sorted by depth: a radix sort of 11 bits a pass;
 //   3. pieces of the sorted Gaussians count the rows of tiles that they cover; prefix sums over (row, piece) give every
 //      piece a place in every row's list of spans, and each piece writes its spans there;
@@ -14,6 +16,7 @@
 // Bytes: 28 a Gaussian read (36 with image ids), 4 written; 16 a Gaussian and pass of the sort (3 passes); 8 + 16 a
 // span, written and read; 12 an intersection written, 8 a tile.
 #include "common/parallel.h"
+#include "common/vector.h"
 #include "splatting/intersect_tiles_input.h"
 
 #include <unistd.h>
@@ -28,7 +31,7 @@ namespace splatting {
 namespace {
 
 constexpr int64_t piece_gaussians = 4096;
-constexpr size_t kept_spans = 16 * piece_gaussians;  // of a piece; what lies beyond is worked out again
+constexpr int64_t kept_rows = 4096;           // of the ellipses of 256 Gaussians; those beyond are worked out again
 constexpr int64_t far_ahead = 16, ahead = 8;  // Gaussians in order of depth, whose tiles and spans are fetched early
 constexpr int digit_bits = 11;
 constexpr int64_t digits = int64_t{1} << digit_bits;
@@ -105,42 +108,131 @@ class Spans {
     } else {
       const Footprint footprint = in_.footprint(gaussian);
       for (int32_t row = tiles.row_begin; row < tiles.row_end; ++row) {
-        f(row, columns_of_row(in_.grid, footprint, row));
+        f(row, footprint.columns_of(in_.grid, row));
       }
     }
   }
 
  private:
+  using V = Vector<double>;
+  static constexpr int64_t batch = 256;
+
+  // A batch of Gaussians on its way through the steps below, and the rows of its ellipses.
+  struct Batch {
+    alignas(64) double x[batch], y[batch], a[batch], b[batch], c[batch], log_255_opacity[batch];
+    alignas(64) double row_begin[batch], row_end[batch];
+    Ellipse<double> ellipses[batch];
+    int64_t tiles[batch];
+    int32_t gaussian_of_row[kept_rows];
+    double row[kept_rows];
+  };
+
   int64_t find_piece(int64_t begin, int64_t end, int32_t* tiles_per_gauss) {
-    std::vector<TileSpan>& spans = spans_[begin / piece_gaussians];
-    spans.reserve(4 * piece_gaussians);
+    const auto memory = std::make_unique<Batch>();
     Keyed* keyed = keyed_.get() + begin;
     int64_t sum = 0;
-    for (int64_t g = begin; g < end; ++g) {
-      const Footprint f = in_.footprint(g);
-      Tiles tiles{f.rows.begin, f.rows.end, static_cast<int32_t>(spans.size()), f.is_box ? 0 : 1};
-      int64_t own = 0;
-      if (f.is_box) {
-        own = std::max<int64_t>(f.rows.end - f.rows.begin, 0) * std::max(f.columns.end - f.columns.begin, 0);
-        if (own > 0) spans.push_back(f.columns);
-      } else if (spans.size() < kept_spans) {
-        for (int32_t row = f.rows.begin; row < f.rows.end; ++row) {
-          const TileSpan span = columns_of_row(in_.grid, f, row);
-          own += std::max(span.end - span.begin, 0);
-          spans.push_back(span);
-        }
-      } else {
-        tiles.first_span = -1;
-        for (int32_t row = f.rows.begin; row < f.rows.end; ++row) own += tiles_of_row(in_.grid, f, row);
+    for (int64_t first = begin; first < end; first += batch) {
+      const int64_t count = std::min(batch, end - first);
+      find_batch(first, count, *memory);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t g = first + i, own = memory->tiles[i];
+        tiles_per_gauss[g] = static_cast<int32_t>(own);
+        sum += own;
+        *keyed = {in_.depth_bits(g), static_cast<int32_t>(g)};
+        keyed += own > 0;
       }
-      tiles_[g] = tiles;
-      tiles_per_gauss[g] = static_cast<int32_t>(own);
-      sum += own;
-      *keyed = {in_.depth_bits(g), static_cast<int32_t>(g)};
-      keyed += own > 0;
     }
     found_[begin / piece_gaussians] = keyed - (keyed_.get() + begin);
     return sum;
+  }
+
+  void find_batch(int64_t first, int64_t count, Batch& m) {
+    constexpr int width = lanes<double>;
+    std::vector<TileSpan>& spans = spans_[first / piece_gaussians];
+    for (int64_t i = 0; i < (count + width - 1) / width * width; ++i) {
+      const int64_t g = first + i;
+      const int64_t image = i < count ? in_.image_of(g) : -1;
+      const T* const mean = in_.means2d + 2 * g;
+      const T* const conic = in_.conics != nullptr ? in_.conics + 3 * g : nullptr;
+      const T* const opacity = in_.opacities + g;
+      const Shape shape =
+          image >= 0 && image < in_.images ? shape_of(mean, in_.radii + 2 * g, conic, opacity) : Shape::nothing;
+      m.tiles[i] = 0;
+      m.x[i] = m.y[i] = m.b[i] = m.log_255_opacity[i] = 0;
+      m.a[i] = m.c[i] = 1;
+      if (i < count) tiles_[g] = {0, 0, 0, shape == Shape::ellipse ? 1 : 0};
+      if (shape == Shape::ellipse) {
+        m.x[i] = mean[0];
+        m.y[i] = mean[1];
+        m.a[i] = conic[0];
+        m.b[i] = conic[1];
+        m.c[i] = conic[2];
+        m.log_255_opacity[i] = std::log(255 * static_cast<double>(*opacity));
+      } else if (shape == Shape::box) {
+        const Footprint f = in_.footprint(g);
+        tiles_[g] = {f.rows.begin, f.rows.end, static_cast<int32_t>(spans.size()), 0};
+        m.tiles[i] = std::max<int64_t>(f.rows.end - f.rows.begin, 0) * tiles_in(f.columns);
+        if (m.tiles[i] > 0) spans.push_back(f.columns);
+      }
+    }
+    if (in_.conics == nullptr) return;
+    for (int64_t i = 0; i < count; i += width) {
+      const auto part = [i](const double* of) { return load_raw<double>(of + i); };
+      const Ellipse<V> e =
+          ellipse_of<V>(part(m.x), part(m.y), part(m.a), part(m.b), part(m.c), part(m.log_255_opacity));
+      const TileRange<V> rows = rows_of_ellipse<V>(in_.grid, e);
+      store<double>(m.row_begin + i, rows.begin);
+      store<double>(m.row_end + i, rows.end);
+      for (int lane = 0; lane < width; ++lane) {
+        m.ellipses[i + lane] = {e.x[lane],          e.y[lane],         e.level[lane],  e.slope[lane],
+                                e.det_over_a[lane], e.inverse_a[lane], e.height[lane], e.dy_at_right[lane]};
+      }
+    }
+    int64_t rows = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      Tiles& tiles = tiles_[first + i];
+      if (tiles.step == 0) continue;
+      tiles.row_begin = static_cast<int32_t>(m.row_begin[i]);
+      tiles.row_end = static_cast<int32_t>(m.row_end[i]);
+      tiles.first_span = static_cast<int32_t>(spans.size() + rows);
+      const int64_t own = std::max(tiles.row_end - tiles.row_begin, 0);
+      if (rows + own > kept_rows - width) {
+        tiles.first_span = -1;
+        const Footprint f = in_.footprint(first + i);
+        for (int32_t row = f.rows.begin; row < f.rows.end; ++row) m.tiles[i] += tiles_in(f.columns_of(in_.grid, row));
+        continue;
+      }
+      for (int64_t row = 0; row < own; ++row, ++rows) {
+        m.gaussian_of_row[rows] = static_cast<int32_t>(i);
+        m.row[rows] = m.row_begin[i] + static_cast<double>(row);
+      }
+    }
+    for (int64_t rest = 0; rest < width; ++rest) {  // the last vector is full
+      m.gaussian_of_row[rows + rest] = 0;
+      m.row[rows + rest] = 0;
+    }
+    const size_t spans_before = spans.size();
+    spans.resize(spans_before + static_cast<size_t>(rows));
+    for (int64_t r = 0; r < rows; r += width) {
+      Ellipse<V> e{};
+      for (int lane = 0; lane < width; ++lane) {
+        const Ellipse<double>& from = m.ellipses[m.gaussian_of_row[r + lane]];
+        e.x[lane] = from.x;
+        e.y[lane] = from.y;
+        e.level[lane] = from.level;
+        e.slope[lane] = from.slope;
+        e.det_over_a[lane] = from.det_over_a;
+        e.inverse_a[lane] = from.inverse_a;
+        e.height[lane] = from.height;
+        e.dy_at_right[lane] = from.dy_at_right;
+      }
+      const TileRange<V> columns = columns_of_row<V>(in_.grid, e, load_raw<double>(m.row + r));
+      for (int lane = 0; lane < std::min<int64_t>(width, rows - r); ++lane) {
+        const TileSpan span{static_cast<int32_t>(columns.begin[lane]), static_cast<int32_t>(columns.end[lane])};
+        spans[spans_before + r + lane] = span;
+        m.tiles[m.gaussian_of_row[r + lane]] += tiles_in(span);
+      }
+    }
   }
 
   const ProjectedGaussians<T>& in_;

@@ -64,15 +64,15 @@ __global__ void __launch_bounds__(intersect_threads, intersect_blocks)
       in, exists ? gaussian : -1,
       [&](const Footprint& f) {
         if (f.is_box) {
-          tiles = rows_of(f) * tiles_of_row(in.grid, f, 0);
+          tiles = rows_of(f) * tiles_in(f.columns);
         } else {
-          for (int32_t row = f.rows.begin; row < f.rows.end; ++row) tiles += tiles_of_row(in.grid, f, row);
+          for (int32_t row = f.rows.begin; row < f.rows.end; ++row) tiles += tiles_in(f.columns_of(in.grid, row));
         }
       },
       [&](int source, const Footprint& f) {
         int64_t sum = 0;
         for (int64_t row = f.rows.begin + own_lane; row < f.rows.end; row += 32) {
-          sum += tiles_of_row(in.grid, f, static_cast<int32_t>(row));
+          sum += tiles_in(f.columns_of(in.grid, static_cast<int32_t>(row)));
         }
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(intersect_lanes, sum, offset);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(intersect_threads, intersect_blocks)
       [&](const Footprint& f) {
         int64_t at = begin;
         for (int32_t row = f.rows.begin; row < f.rows.end; ++row) {
-          at = write_row(gaussian, row, f.is_box ? f.columns : columns_of_row(in.grid, f, row), at);
+          at = write_row(gaussian, row, f.columns_of(in.grid, row), at);
         }
       },
       [&](int source, const Footprint& f) {
@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(intersect_threads, intersect_blocks)
         for (int64_t first = f.rows.begin; first < f.rows.end; first += 32) {
           const int64_t row = first + own_lane;
           TileSpan columns{0, 0};
-          if (row < f.rows.end) columns = columns_of_row(in.grid, f, static_cast<int32_t>(row));
-          const int64_t own = columns.end > columns.begin ? columns.end - columns.begin : 0;
+          if (row < f.rows.end) columns = f.columns_of(in.grid, static_cast<int32_t>(row));
+          const int64_t own = tiles_in(columns);
           int64_t sum = own;  // of the lanes up to this one
 #pragma unroll
           for (int offset = 1; offset < 32; offset *= 2) {

@@ -23,7 +23,12 @@ ProjectedGaussians<T> gaussians_of(const Tensor& means2d, const Tensor& radii, c
   in.count = means2d.size(0);
   in.images = images;
   in.per_image = images > 0 && in.count > 0 ? in.count / images : 1;
-  in.grid = {width, height, tile_size, (width + tile_size - 1) / tile_size, (height + tile_size - 1) / tile_size};
+  in.grid.width = width;
+  in.grid.height = height;
+  in.grid.tile_size = tile_size;
+  in.grid.columns = (width + tile_size - 1) / tile_size;
+  in.grid.rows = (height + tile_size - 1) / tile_size;
+  in.grid.inverse_size = 1 / static_cast<double>(tile_size);
   return in;
 }
 

@@ -16,10 +16,11 @@
 //
 // Without conics, the bounding box of the radii: tiles floor((x - rx) / size) to ceil((x + rx) / size), as in gsplat.
 //
-// All in double precision, whatever the input: a few operations a row, and the same tiles on every backend.
+// All in double precision, whatever the input: a few operations a row, and the same tiles on every backend. V is double
+// on CUDA, Vector<double> on the CPU.
 #pragma once
 
-#include "common/launch.h"
+#include "common/arithmetic.h"
 #include "splatting/constants.h"
 
 #include <cmath>
@@ -36,103 +37,142 @@ constexpr double thinnest_ellipse = 1 << 18;  // ac/det
 struct TileGrid {
   int64_t width, height, tile_size;  // pixels
   int64_t columns, rows;             // tiles
+  double inverse_size;               // 1 / tile_size
 
   MPKERNELS_HOST_DEVICE int64_t tiles() const { return columns * rows; }
 };
 
-// Columns [begin, end) of a row of tiles.
+// Tiles [begin, end) along an axis; none if end <= begin.
 struct TileSpan {
   int32_t begin, end;
 };
 
-// NaN gives 0
-MPKERNELS_HOST_DEVICE inline int32_t limited(double tile, int64_t most) {
-  if (!(tile > 0)) return 0;
-  return static_cast<int32_t>(tile < static_cast<double>(most) ? static_cast<int64_t>(tile) : most);
+// The largest integer up to x, |x| < 2^51.
+template <typename V>
+MPKERNELS_HOST_DEVICE inline V whole(V x) {
+  constexpr double integers = 0x1.8p52;  // doubles of this size have no fraction: adding rounds
+  const V rounded = (x + integers) - integers;
+  return Arithmetic<V>::select(rounded > x, rounded - 1, rounded);
 }
 
-// The range of tiles whose pixel centres, first + 0.5 ... last + 0.5, meet the interval [low, high].
-MPKERNELS_HOST_DEVICE inline TileSpan tiles_between(double low, double high, int64_t pixels, int64_t tiles,
-                                                    double inverse_size) {
-  if (!(low <= static_cast<double>(pixels) - 0.5) || !(high >= 0.5)) return {0, 0};
-  const int32_t begin = limited(::ceil((low + 0.5) * inverse_size) - 1, tiles - 1);
-  const int32_t end = limited(::floor((high - 0.5) * inverse_size) + 1, tiles);
-  return {begin, end};
+// x within [low, high]; NaN gives low.
+template <typename V>
+MPKERNELS_HOST_DEVICE inline V within(V x, V low, V high) {
+  return Arithmetic<V>::minimum(Arithmetic<V>::maximum(x, low), high);
 }
 
-// What a Gaussian covers: rows [begin, end) of tiles; in each, the columns of a box, or those of columns_of_row.
-struct Footprint {
-  TileSpan rows, columns;
-  bool is_box;
-  // of an ellipse |dy| <= height, at most `level` = 2 (ln(255 o) + slack)
-  double x, y, level, slope, det_over_a, inverse_a, height, dy_at_right, inverse_size;
+// Tiles [begin, end), as whole numbers of V; none if end <= begin.
+template <typename V>
+struct TileRange {
+  V begin, end;
 };
+
+// The tiles whose pixel centres, first + 0.5 ... last + 0.5, meet the interval [low, high].
+template <typename V>
+MPKERNELS_HOST_DEVICE inline TileRange<V> tiles_between(V low, V high, double pixels, double tiles,
+                                                        double inverse_size) {
+  using A = Arithmetic<V>;
+  const V from = within<V>((low + 0.5) * inverse_size, V{}, V{} + tiles);  // on an edge: the tile in front has low
+  const V to = within<V>((high - 0.5) * inverse_size, V{}, V{} + (tiles - 1));
+  const auto meets = (low <= pixels - 0.5) & (high >= V{} + 0.5);
+  return {A::maximum(-whole<V>(-from) - 1, V{}), A::select(meets, whole<V>(to) + 1, V{})};
+}
+
+// |dy| <= height, q <= level / 2.
+template <typename V>
+struct Ellipse {
+  V x, y, level, slope, det_over_a, inverse_a, height, dy_at_right;
+};
+
+template <typename V>
+MPKERNELS_HOST_DEVICE inline Ellipse<V> ellipse_of(V x, V y, V a, V b, V c, V log_255_opacity) {
+  using A = Arithmetic<V>;
+  const V det = a * c - b * b, inverse_a = 1 / a, inverse_det = 1 / det;
+  const V slack = tile_slack + tile_slack_of_cancellation * (a * c * inverse_det);
+  const V level = 2 * (log_255_opacity * (1 + slack) + slack);
+  const V height = A::sqrt(level * a * inverse_det);
+  return {x, y, level, b * inverse_a, det * inverse_a, inverse_a, height, -b * A::sqrt(level * inverse_det / c)};
+}
+
+template <typename V>
+MPKERNELS_HOST_DEVICE inline TileRange<V> rows_of_ellipse(const TileGrid& grid, const Ellipse<V>& e) {
+  return tiles_between<V>(e.y - e.height, e.y + e.height, static_cast<double>(grid.height),
+                          static_cast<double>(grid.rows), grid.inverse_size);
+}
+
+// In a row of rows_of_ellipse.
+template <typename V>
+MPKERNELS_HOST_DEVICE inline TileRange<V> columns_of_row(const TileGrid& grid, const Ellipse<V>& e, V row) {
+  using A = Arithmetic<V>;
+  const V first = row * static_cast<double>(grid.tile_size);
+  const V end = A::minimum(first + static_cast<double>(grid.tile_size), V{} + static_cast<double>(grid.height));
+  const V top = A::maximum(first + 0.5 - e.y, -e.height), bottom = A::minimum(end - 0.5 - e.y, e.height);
+  const V dy_right = within<V>(e.dy_at_right, top, bottom), dy_left = within<V>(-e.dy_at_right, top, bottom);
+  const auto half_width = [&](V dy) {
+    return A::sqrt(A::maximum((e.level - e.det_over_a * dy * dy) * e.inverse_a, V{}));
+  };
+  const V right = e.x - e.slope * dy_right + half_width(dy_right);
+  const V left = e.x - e.slope * dy_left - half_width(dy_left);
+  return tiles_between<V>(left, right, static_cast<double>(grid.width), static_cast<double>(grid.columns),
+                          grid.inverse_size);
+}
 
 MPKERNELS_HOST_DEVICE inline bool finite(double x) {
   return x - x == 0;
 }
 
-// Of radii both above 0. opacity: null without conics.
+enum class Shape { nothing, box, ellipse };
+
+// conic, opacity: null for boxes.
+template <typename T>
+MPKERNELS_HOST_DEVICE inline Shape shape_of(const T* mean, const int32_t* radii, const T* conic, const T* opacity) {
+  if (radii[0] <= 0 || radii[1] <= 0 || !finite(mean[0]) || !finite(mean[1])) return Shape::nothing;
+  if (conic == nullptr) return Shape::box;
+  const double a = conic[0], b = conic[1], c = conic[2], o = *opacity;
+  const bool drawn = a > 0 && c > 0 && o >= alpha_min<double> && finite(a) && finite(b) && finite(c) && finite(o);
+  if (!drawn) return Shape::nothing;
+  return (a * c - b * b) * thinnest_ellipse > a * c ? Shape::ellipse : Shape::box;
+}
+
+// Of the box mean -+ radius along one axis.
+MPKERNELS_HOST_DEVICE inline TileSpan span_of_box(double mean, double radius, int64_t tile_size, int64_t tiles) {
+  const double size = static_cast<double>(tile_size), most = static_cast<double>(tiles);
+  return {static_cast<int32_t>(within(::floor((mean - radius) / size), 0.0, most)),
+          static_cast<int32_t>(within(::ceil((mean + radius) / size), 0.0, most))};
+}
+
+// What a Gaussian covers: rows of tiles; in each, the columns of a box, or those of an ellipse.
+struct Footprint {
+  TileSpan rows, columns;
+  bool is_box;
+  Ellipse<double> ellipse;
+
+  MPKERNELS_HOST_DEVICE TileSpan columns_of(const TileGrid& grid, int32_t row) const {
+    if (is_box) return columns;
+    const TileRange<double> range = columns_of_row<double>(grid, ellipse, row);
+    return {static_cast<int32_t>(range.begin), static_cast<int32_t>(range.end)};
+  }
+};
+
 template <typename T>
 MPKERNELS_HOST_DEVICE inline Footprint footprint_of(const TileGrid& grid, const T* mean, const int32_t* radii,
                                                     const T* conic, const T* opacity) {
   Footprint f;
-  f.rows = {0, 0};
-  f.columns = {0, 0};
-  f.is_box = true;
-  f.x = mean[0];
-  f.y = mean[1];
-  if (radii[0] <= 0 || radii[1] <= 0 || !finite(f.x) || !finite(f.y)) return f;
-  const double size = static_cast<double>(grid.tile_size);
-  if (conic != nullptr) {
-    const double a = conic[0], b = conic[1], c = conic[2], o = *opacity;
-    if (!(a > 0) || !(c > 0) || !(o >= alpha_min<double>) || !finite(a) || !finite(b) || !finite(c) || !finite(o)) {
-      return f;
-    }
-    const double det = a * c - b * b;
-    f.is_box = !(det * thinnest_ellipse > a * c);
-    if (!f.is_box) {
-      const double slack = tile_slack + tile_slack_of_cancellation * (a * c / det);
-      f.level = 2 * (::log(255 * o) * (1 + slack) + slack);
-      f.inverse_a = 1 / a;
-      f.slope = b * f.inverse_a;
-      f.det_over_a = det * f.inverse_a;
-      f.height = ::sqrt(f.level / f.det_over_a);
-      f.dy_at_right = -b * ::sqrt(f.level / (c * det));
-      f.inverse_size = 1 / size;
-      f.rows = tiles_between(f.y - f.height, f.y + f.height, grid.height, grid.rows, f.inverse_size);
-      return f;
-    }
+  const Shape shape = shape_of(mean, radii, conic, opacity);
+  f.is_box = shape != Shape::ellipse;
+  f.rows = f.columns = {0, 0};
+  if (shape == Shape::ellipse) {
+    f.ellipse = ellipse_of<double>(mean[0], mean[1], conic[0], conic[1], conic[2], ::log(255 * double(*opacity)));
+    const TileRange<double> rows = rows_of_ellipse<double>(grid, f.ellipse);
+    f.rows = {static_cast<int32_t>(rows.begin), static_cast<int32_t>(rows.end)};
+  } else if (shape == Shape::box) {
+    f.columns = span_of_box(mean[0], radii[0], grid.tile_size, grid.columns);
+    f.rows = span_of_box(mean[1], radii[1], grid.tile_size, grid.rows);
   }
-  f.columns = {limited(::floor((f.x - radii[0]) / size), grid.columns),
-               limited(::ceil((f.x + radii[0]) / size), grid.columns)};
-  f.rows = {limited(::floor((f.y - radii[1]) / size), grid.rows), limited(::ceil((f.y + radii[1]) / size), grid.rows)};
   return f;
 }
 
-// Of an ellipse, in a row of f.rows.
-MPKERNELS_HOST_DEVICE inline TileSpan columns_of_row(const TileGrid& grid, const Footprint& f, int32_t row) {
-  const int64_t first = row * grid.tile_size;
-  const int64_t end = first + grid.tile_size < grid.height ? first + grid.tile_size : grid.height;
-  double top = static_cast<double>(first) + 0.5 - f.y, bottom = static_cast<double>(end) - 0.5 - f.y;
-  top = top > -f.height ? top : -f.height;
-  bottom = bottom < f.height ? bottom : f.height;
-  const auto within = [&](double dy) {
-    dy = dy > top ? dy : top;
-    return dy < bottom ? dy : bottom;
-  };
-  const auto half_width = [&](double dy) {
-    const double square = (f.level - f.det_over_a * dy * dy) * f.inverse_a;
-    return square > 0 ? ::sqrt(square) : 0;
-  };
-  const double dy_right = within(f.dy_at_right), dy_left = within(-f.dy_at_right);
-  const double right = f.x - f.slope * dy_right + half_width(dy_right);
-  const double left = f.x - f.slope * dy_left - half_width(dy_left);
-  return tiles_between(left, right, grid.width, grid.columns, f.inverse_size);
-}
-
-MPKERNELS_HOST_DEVICE inline int64_t tiles_of_row(const TileGrid& grid, const Footprint& f, int32_t row) {
-  const TileSpan columns = f.is_box ? f.columns : columns_of_row(grid, f, row);
+MPKERNELS_HOST_DEVICE inline int64_t tiles_in(TileSpan columns) {
   return columns.end > columns.begin ? columns.end - columns.begin : 0;
 }
 

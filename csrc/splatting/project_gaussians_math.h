@@ -193,17 +193,17 @@ MPKERNELS_HOST_DEVICE inline Projection<V> projection(const Camera<S>& camera, c
   p.conic[0] = f.yy * inverse_det;
   p.conic[1] = -f.xy * inverse_det;
   p.conic[2] = f.xx * inverse_det;
-  // 0 times a number is 0, times NaN or infinity NaN
-  V finite = p.u * 0 + p.v * 0 + depth * 0 + f.xx * 0 + f.xy * 0 + f.yy * 0;
-  finite = finite + p.conic[0] * 0 + p.conic[1] * 0 + p.conic[2] * 0 + f.det * 0;
+  // 0 times a number is 0, times NaN or infinity NaN. (Where det is finite so is cov, where the outer two numbers of
+  // the conic are so is the third, and what has no place is not on the image.)
+  V finite = depth * 0 + f.det * 0 + p.conic[0] * 0 + p.conic[2] * 0;
   V k = V{} + extent<S>;
   p.valid = (f.det > V{}) & (V{} + camera.fx != V{}) & (V{} + camera.fy != V{});
   if (OPACITY) {
     const V drawn = settings.antialiased ? opacity * f.compensation : opacity;
     finite = finite + drawn * 0;
-    const V times_least = A::maximum(V{} + 1, drawn * 255);
+    // where alpha falls to 1/255: nowhere for an opacity below, so that its radii are 0 and it is culled
+    const V times_least = A::maximum(V{} + 1, drawn / alpha_min<S>);
     k = A::minimum(A::sqrt(2 * Rounding<V>::log(times_least)), k);
-    p.valid = p.valid & (drawn >= V{} + alpha_min<S>);
   }
   const V x = Rounding<V>::ceil(k * A::sqrt(f.xx)), y = Rounding<V>::ceil(k * A::sqrt(f.yy));
   p.valid = p.valid & (finite == V{}) & (depth >= V{} + settings.near_plane) & (depth <= V{} + settings.far_plane);

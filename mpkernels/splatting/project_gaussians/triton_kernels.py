@@ -273,9 +273,8 @@ def project_forward(
     u = k[0] * ratio[1] + k[2]
     v = k[1] * ratio[2] + k[3]
     conic = (cov[1] / det, -cov0[1] / det, cov[0] / det)
-    # 0 times a number is 0, times NaN or infinity NaN
-    finite = u * 0 + v * 0 + m[2] * 0 + cov[0] * 0 + cov0[1] * 0 + cov[1] * 0 + det * 0
-    finite = finite + conic[0] * 0 + conic[1] * 0 + conic[2] * 0
+    # 0 times a number is 0, times NaN or infinity NaN; the others are finite where these are
+    finite = m[2] * 0 + det * 0 + conic[0] * 0 + conic[2] * 0
     extent = zero + 3.33
     valid = (det > 0) & (jacobian[0] != 0) & (jacobian[2] != 0)  # not without a focal length
     if HAS_OPACITIES:
@@ -283,10 +282,10 @@ def project_forward(
         if ANTIALIASED:
             opacity = opacity * compensation
         finite = finite + opacity * 0
+        # where alpha falls to 1/255: nowhere for an opacity below, so that its radii are 0 and it is culled
         times_least = tl.where(255 * opacity > 1, 255 * opacity, 1.0)
         faint = tl.sqrt(2 * tl.log(times_least))
         extent = tl.where(faint < extent, faint, extent)
-        valid = valid & (opacity >= 1 / 255)
     x = tl.ceil(extent * tl.sqrt(cov[0]))
     y = tl.ceil(extent * tl.sqrt(cov[1]))
     valid = valid & (finite == 0) & (m[2] >= zero + near_plane + near_rest) & (m[2] <= zero + far_plane + far_rest)

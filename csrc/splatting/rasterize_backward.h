@@ -134,20 +134,21 @@ void differentiate_tile(const Scene<T>& s, int64_t index, const Gradients<T>& g)
         const Vector<T> alpha = cut<T>(covered.uncut);
         const Vector<T> lets_pass = 1 / (1 - alpha);
         const Vector<T> in_front = transmittance[i] * lets_pass;
-        const Vector<T> weight = choose<T>(drawn, alpha * in_front, Vector<T>{});
+        const Vector<T> weight = alpha * in_front;
         Vector<T> seen{};
         if constexpr (C > 0) {
 #pragma GCC unroll 4
           for (int c = 0; c < C; ++c) {
             const Vector<T> grad = grads[c * vectors + i];
             seen += grad * color[c];
-            gained[gains + c] += weight * grad;
+            // (chosen, not multiplied by 0: a gradient that is NaN stays with what its pixel shows)
+            gained[gains + c] = choose<T>(drawn, gained[gains + c] + weight * grad, gained[gains + c]);
           }
         } else {
           for (int64_t c = 0; c < channels; ++c) {
             const Vector<T> grad = grads[c * vectors + i];
             seen += grad * color[c];
-            color_gains[c] += weight * grad;
+            color_gains[c] = choose<T>(drawn, color_gains[c] + weight * grad, color_gains[c]);
           }
         }
         const Vector<T> of_alpha = in_front * seen - behind[i] * lets_pass;

@@ -12,7 +12,11 @@ import torch
 import mpkernels
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ["mpkernels.backends", "mpkernels.testing", "mpkernels.volume.composite.api"]
+SPLATTING = ("rasterize", "rasterization", "project_gaussians", "spherical_harmonics", "intersect_tiles", "ssim")
+MODULES = [
+    *("mpkernels.backends", "mpkernels.testing", "mpkernels.volume.composite.api"),
+    *(f"mpkernels.splatting.{op}.api" for op in (*SPLATTING, "quat_scale_to_covar")),
+]
 
 
 def test_tables_are_generated():
@@ -38,6 +42,14 @@ def test_the_drop_in_example_is_the_same_function():
     exec(after, second)
     for name in ("colors", "depth", "weights"):
         torch.testing.assert_close(first[name], second[name])
+
+
+def test_the_gsplat_example_runs():
+    (block,) = [b for b in (ROOT / "README.md").read_text().split("```python\n")[1:] if "compat.gsplat" in b]
+    names: dict = {}
+    exec(block.split("```")[0], names)
+    assert names["colors"].shape == (1, 200, 300, 3)
+    assert names["means"].grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -47,8 +47,8 @@ def compare(name: str, got: Tensor, reference: Tensor, gold: Tensor, scale: floa
     """Compares ``got`` with ``gold`` (float64), allowed twice the error of ``reference`` (same dtype) and a band.
 
     ``flips`` is how many elements may be farther away. ``scale`` is the size of the terms that a result is the
-    difference of, where that may be far above the result (1 - opacity of an opaque ray): the band is of roundings of the
-    larger of both.
+    difference of, where that may be far above the result (1 - opacity of an opaque ray): the band is of roundings of
+    the larger of both.
     """
     if got.shape != gold.shape:
         return Comparison(name, float("inf"), 0.0, f"expected shape {tuple(gold.shape)}, got {tuple(got.shape)}")

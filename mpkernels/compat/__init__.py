@@ -1,0 +1,1 @@
+"""Drop-in modules: the names and signatures of other libraries, on the functions of this one."""

@@ -1,0 +1,1 @@
+"""gsplat.cuda: the pieces of the rasterizer (here on every device)."""

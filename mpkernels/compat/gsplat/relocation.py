@@ -1,0 +1,5 @@
+"""gsplat.relocation."""
+
+from mpkernels.splatting.strategies.relocation import compute_relocation
+
+__all__ = ["compute_relocation"]

@@ -1,0 +1,5 @@
+"""gsplat.strategy: densification."""
+
+from mpkernels.splatting.strategies import DefaultStrategy, MCMCStrategy, Strategy
+
+__all__ = ["DefaultStrategy", "MCMCStrategy", "Strategy"]

@@ -1,0 +1,5 @@
+"""gsplat.strategy.base."""
+
+from mpkernels.splatting.strategies import Strategy
+
+__all__ = ["Strategy"]

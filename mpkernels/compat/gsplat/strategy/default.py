@@ -1,0 +1,5 @@
+"""gsplat.strategy.default."""
+
+from mpkernels.splatting.strategies import DefaultStrategy
+
+__all__ = ["DefaultStrategy"]

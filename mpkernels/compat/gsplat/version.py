@@ -1,0 +1,3 @@
+"""The version of gsplat whose interface this is."""
+
+__version__ = "1.5.3"

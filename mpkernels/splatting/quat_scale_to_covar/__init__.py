@@ -1,0 +1,1 @@
+"""Covariances of Gaussians from quaternions and scales."""

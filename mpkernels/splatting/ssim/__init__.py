@@ -1,0 +1,5 @@
+"""SSIM, the structural similarity of two images."""
+
+from mpkernels.splatting.ssim.api import ssim
+
+__all__ = ["ssim"]

@@ -1,0 +1,264 @@
+"""What the projection of Gaussians promises, on every backend."""
+
+import pytest
+import torch
+
+from mpkernels import spec
+from mpkernels.splatting.project_gaussians import project_gaussians
+from mpkernels.testing.properties import OpProperties
+
+
+class ProjectGaussiansProperties(OpProperties):
+    ops = ("project_gaussians",)
+
+    def arguments(self, name, dtype=torch.float64, **others):
+        found = spec.find("project_gaussians").case(name).arguments(dtype, self.device)
+        return {"quats": None, "scales": None} | found | others
+
+    def project(self, **arguments):
+        return project_gaussians(**arguments, backend=self.backend)
+
+    def on_axis(self, means, dtype=torch.float64, **others):
+        """Unit rotations, scale 0.1, seen from the origin along z by a 64 x 48 camera with f = 100."""
+        means = torch.tensor(means, dtype=dtype, device=self.device)
+        n = len(means)
+        K = torch.tensor([[100.0, 0, 32], [0, 100, 24], [0, 0, 1]], dtype=dtype, device=self.device)
+        return {
+            "means": means,
+            "quats": torch.tensor([[1.0, 0, 0, 0]], dtype=dtype, device=self.device).expand(n, 4),
+            "scales": torch.full((n, 3), 0.1, dtype=dtype, device=self.device),
+            "viewmats": torch.eye(4, dtype=dtype, device=self.device)[None],
+            "Ks": K[None],
+            "width": 64,
+            "height": 48,
+        } | others
+
+    def test_a_sphere_on_the_axis_in_closed_form(self):
+        out = self.project(**self.on_axis([[0.0, 0, 2]]))
+        variance = (100 / 2 * 0.1) ** 2
+        assert out.means2d.tolist() == [[[32.0, 24.0]]]
+        assert out.depths.tolist() == [[2.0]]
+        wanted = torch.tensor([1 / (variance + 0.3), 0, 1 / (variance + 0.3)], dtype=torch.float64)
+        torch.testing.assert_close(out.conics[0, 0].cpu(), wanted)
+        assert out.radii.tolist() == [[[17, 17]]]  # 3.33 sqrt(25.3) = 16.7
+        assert abs(out.compensations.item() - variance / (variance + 0.3)) < 1e-12
+
+    def test_what_is_culled(self):
+        """Each row: a Gaussian, and whether it is drawn. The Gaussian on the axis has radii of 17 pixels."""
+        rows = [
+            ([0.0, 0, 2], True),
+            ([0.0, 0, -2], False),
+            ([0.0, 0, 0.0099], False),
+            ([0.0, 0, 10.5], False),
+            ([-0.9, 0, 2], True),  # 13 pixels left of the image, with a radius of 18
+            ([-1.3, 0, 2], False),
+            ([1.3, 0, 2], False),
+            ([0.0, -0.9, 2], False),  # 21 pixels above
+            ([0.0, -0.7, 2], True),
+            ([0.0, 0.9, 2], False),
+        ]
+        out = self.project(**self.on_axis([row[0] for row in rows], far_plane=10.0))
+        assert [bool(r.any()) for r in out.radii[0]] == [row[1] for row in rows]
+        for x in out:
+            assert not x[0][torch.tensor([not row[1] for row in rows], device=self.device)].any()
+
+    def test_opacity_shortens_the_extent(self):
+        """alpha falls to 1/255 at sqrt(2 ln(255 o)) standard deviations."""
+        opacities = torch.tensor([1.0, 0.1, 0.02, 0.0041, 0.0039], dtype=torch.float64, device=self.device)
+        arguments = self.on_axis([[0.0, 0, 2]] * 5)
+        radii = self.project(**arguments, opacities=opacities).radii[0, :, 0].tolist()
+        wanted = [17, *((2 * (255 * o).log()).sqrt() * 25.3**0.5 for o in opacities[1:4])]
+        assert radii == [17, *(int(torch.ceil(x)) for x in wanted[1:]), 0]
+
+    def test_antialiased_opacity_is_what_is_compared(self):
+        arguments = self.on_axis(
+            [[0.0, 0, 2]] * 2, scales=torch.full((2, 3), 1e-3, dtype=torch.float64).to(self.device)
+        )
+        opacities = torch.tensor([0.9, 0.1], dtype=torch.float64, device=self.device)
+        assert bool((self.project(**arguments, opacities=opacities).radii > 0).all())
+        out = self.project(**arguments, opacities=opacities, antialiased=True)
+        # a compensation of 0.0025 / 0.3025 leaves 0.0074 and 0.0008
+        assert out.radii[0].tolist() == [[1, 1], [0, 0]]
+
+    def test_radius_clip_wants_one_radius_above(self):
+        arguments = self.on_axis([[0.0, 0, 2]])
+        assert self.project(**arguments, radius_clip=16.5).radii.tolist() == [[[17, 17]]]
+        assert self.project(**arguments, radius_clip=17.0).radii.tolist() == [[[0, 0]]]
+        flat = self.on_axis([[0.0, 0, 2]], scales=torch.tensor([[0.1, 0.001, 0.1]]).double().to(self.device))
+        assert self.project(**flat, radius_clip=16.5).radii.tolist() == [[[17, 2]]]
+
+    def test_huge_radii_fit_int32(self):
+        flat = self.on_axis([[0.0, 0, 1]], scales=torch.full((1, 3), 1e12, dtype=torch.float64).to(self.device))
+        assert self.project(**flat).radii.tolist() == [[[10**9, 10**9]]]
+
+    def test_a_quaternion_has_no_length(self):
+        arguments = self.arguments("two cameras")
+        longer = arguments["quats"] * torch.tensor([1e-200, 1e-20, 1e-3, 0.5, 7, 1e20, 1e200], dtype=torch.float64)[
+            :, None
+        ].to(arguments["quats"])
+        for a, b in zip(self.project(**arguments), self.project(**(arguments | {"quats": longer})), strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_covars_equal_quats_and_scales(self):
+        arguments = self.arguments("two cameras")
+        ours = self.project(**arguments)
+        q = arguments["quats"] / arguments["quats"].norm(dim=-1, keepdim=True)
+        w, x, y, z = q.unbind(-1)
+        turn = torch.stack([w, -x, -y, -z, x, w, -z, y, y, z, w, -x, z, -y, x, w], -1).unflatten(-1, (4, 4))  # q p
+        back = torch.stack([w, x, y, z, -x, w, -z, y, -y, z, w, -x, -z, -y, x, w], -1).unflatten(-1, (4, 4))  # p q^*
+        half = (back @ turn)[:, 1:, 1:] * arguments["scales"][:, None, :]
+        other = self.project(**(arguments | {"quats": None, "scales": None, "covars": half @ half.mT}))
+        for a, b in zip(ours, other, strict=True):
+            torch.testing.assert_close(a, b)
+
+    @pytest.mark.parametrize("name", ["hard Gaussians", "hard cameras", "antialiased", "not positive covariances"])
+    def test_culled_gaussians_get_no_gradient(self, name):
+        for dtype in (torch.float32, torch.float64):
+            arguments = self.arguments(name, dtype)
+            names = [
+                n for n in ("means", "quats", "scales", "covars", "viewmats", "Ks") if arguments.get(n) is not None
+            ]
+            leaves = {n: arguments[n].requires_grad_() for n in names}
+            out = self.project(**arguments)
+            for x in out:
+                assert bool(x.isfinite().all())
+            drawn = (out.radii > 0).any(-1)
+            assert bool(drawn.any())
+            assert not bool(drawn.all())
+            found = torch.autograd.grad(sum((x * x).sum() for x in out[1:]), list(leaves.values()))
+            for n, x in zip(names, found, strict=True):
+                assert bool(x.isfinite().all()), n
+                lost = ~drawn.any(1) if n in ("viewmats", "Ks") else ~drawn.any(0)
+                assert not x[lost].any(), n
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_what_overflows_is_culled(self, dtype):
+        huge = torch.finfo(dtype).max ** 0.75
+        arguments = self.on_axis([[0.0, 0, 2]] * 3, dtype)
+        scales = arguments["scales"].clone()
+        scales[0], scales[1, 0] = huge, huge
+        scales.requires_grad_()
+        out = self.project(**(arguments | {"scales": scales}))
+        assert out.radii[0].tolist() == [[0, 0], [0, 0], [17, 17]]
+        (gradient,) = torch.autograd.grad(sum(x.sum() for x in out[1:]), scales)
+        assert bool(gradient.isfinite().all())
+        assert not gradient[:2].any()
+
+    def test_gradient_of_a_zero_quaternion(self):
+        arguments = self.on_axis([[0.1, 0.2, 2]], scales=torch.tensor([[0.1, 0.2, 0.3]]).double().to(self.device))
+        same = self.project(**arguments)
+        quats = torch.zeros_like(arguments["quats"]).requires_grad_()
+        out = self.project(**(arguments | {"quats": quats}))
+        for a, b in zip(out, same, strict=True):
+            torch.testing.assert_close(a, b)
+        (gradient,) = torch.autograd.grad(out.conics.sum(), quats)
+        assert not gradient.any()
+
+    def test_compensation_of_a_needle(self):
+        """det before the blur keeps its digits in float32, where a difference of products would have none."""
+        arguments = self.on_axis([[0.0, 0, 2]] * 2, torch.float32)
+        arguments["scales"] = arguments["scales"].new_tensor([[1.0, 1e-4, 1e-4], [1.0, 1e-3, 1e-3]])
+        arguments["quats"] = arguments["quats"].new_tensor([[0.9, 0, 0, 0.4], [0.8, 0, 0, -0.5]])
+        if self.backend == "reference":
+            return
+        got = self.project(**arguments).compensations
+        wide = {n: x.double() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+        wanted = project_gaussians(**wide, backend="reference").compensations
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=0)
+
+    def test_packed_is_what_is_drawn_in_order(self):
+        arguments = self.arguments("batch dimensions")
+        arguments["means"][0, 1, 2] = torch.nan
+        arguments["means"].requires_grad_()
+        dense, packed = self.project(**arguments), self.project(**arguments, packed=True)
+        drawn = (dense.radii > 0).any(-1).flatten(0, 1)
+        wanted = drawn.nonzero()
+        assert len(wanted) < drawn.numel()
+        ids = torch.stack([packed.batch_ids, packed.camera_ids, packed.gaussian_ids], -1)
+        assert torch.equal(ids, wanted)
+        for a, b in zip(packed[3:], dense, strict=True):
+            assert torch.equal(a, b.flatten(0, 1)[drawn])
+        (a,) = torch.autograd.grad((packed.conics**2).sum() + packed.means2d.sum(), arguments["means"])
+        (b,) = torch.autograd.grad((dense.conics**2).sum() + dense.means2d.sum(), arguments["means"])
+        torch.testing.assert_close(a, b)
+
+    def test_batches_and_cameras_are_independent(self):
+        arguments = self.arguments("batch dimensions")
+        whole = self.project(**arguments)
+        one = {n: x[1, 2] if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+        one |= {n: one[n][1:] for n in ("viewmats", "Ks")}
+        for a, b in zip(whole, self.project(**one), strict=True):
+            torch.testing.assert_close(a[1, 2, 1:], b)
+
+    def test_vmap_is_more_batches(self):
+        arguments = self.arguments("batch dimensions")
+        names = [n for n, x in arguments.items() if isinstance(x, torch.Tensor)]
+        tensors = [arguments[n][0] for n in names]
+        settings = {n: x for n, x in arguments.items() if n not in names}
+
+        def loss(*xs):
+            out = self.project(**dict(zip(names, xs, strict=True)), **settings)
+            return sum((x * x).sum() for x in out[1:])
+
+        which = tuple(i for i, n in enumerate(names) if n != "opacities")
+        each = torch.func.vmap(torch.func.grad(loss, argnums=which))(*tensors)
+        whole = torch.func.grad(loss, argnums=which)(*tensors)
+        for a, b in zip(each, whole, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_a_second_derivative_is_refused(self):
+        if self.backend == "reference":
+            return
+        arguments = self.arguments("two cameras")
+        means = arguments["means"].requires_grad_()
+        (gradient,) = torch.autograd.grad(self.project(**arguments).means2d.pow(2).sum(), means, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            torch.autograd.grad(gradient.sum(), means)
+
+    def test_only_what_is_asked_for_is_differentiated(self):
+        """Gradients to the Gaussians alone, or to the cameras alone, equal those of both; some outputs unused."""
+        arguments = self.arguments("two cameras")
+        names = ("means", "quats", "scales", "viewmats", "Ks")
+
+        def gradients(wanted, pick):
+            leaves = [arguments[n].detach().clone().requires_grad_() for n in wanted]
+            out = self.project(**(arguments | dict(zip(wanted, leaves, strict=True))))
+            return dict(zip(wanted, torch.autograd.grad(pick(out), leaves, materialize_grads=True), strict=True))
+
+        for pick in (lambda o: o.conics.sum(), lambda o: o.compensations.sum(), lambda o: o.means2d.sum()):
+            every = gradients(names, pick)
+            for wanted in (names[:3], names[3:], names[:1], names[4:]):
+                for name, x in gradients(wanted, pick).items():
+                    torch.testing.assert_close(x, every[name])
+
+
+class TestReference(ProjectGaussiansProperties):
+    backend = "reference"
+    large = False
+
+
+class TestCpu(ProjectGaussiansProperties):
+    backend = "cpu"
+
+    def test_one_two_and_three_threads_are_bit_equal(self):
+        arguments = self.arguments("many", torch.float32)
+        names = ("means", "quats", "scales", "viewmats", "Ks")
+        leaves = [arguments[name].requires_grad_() for name in names]
+        threads = torch.get_num_threads()
+        found = []
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                out = self.project(**arguments)
+                found.append([*out, *torch.autograd.grad(sum(x.sum() for x in out[1:]), leaves)])
+        finally:
+            torch.set_num_threads(threads)
+        for others in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+@pytest.mark.gpu
+class TestReferenceOnGpu(ProjectGaussiansProperties):
+    backend = "reference"
+    device = "cuda"
+    large = False

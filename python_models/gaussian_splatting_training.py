@@ -110,7 +110,7 @@ def ssim(picture: Tensor, target: Tensor, mask: Tensor | None = None, backend: s
     picture = picture.clamp(0, 1)
     if mask is not None:
         picture = torch.where(mask[..., None], picture, target)
-    planes = [x.permute(2, 0, 1)[None].contiguous() for x in (picture, target)]
+    planes = [x.permute(2, 0, 1)[None] for x in (picture, target)]
     padding = "valid" if min(picture.shape[:2]) > 2 * SSIM_BORDER else "same"
     similarity = splatting.ssim(planes[0], planes[1], padding=padding, reduction="none", backend=backend)
     if mask is None:
@@ -123,7 +123,7 @@ def photometric_loss(picture: Tensor, target: Tensor, mask: Tensor | None, backe
     """0.8 |error| + 0.2 (1 - SSIM), means over the pixels; those masked out are taken as right."""
     if mask is not None:
         picture = torch.where(mask[..., None], picture, target)
-    planes = [x.permute(2, 0, 1)[None].contiguous() for x in (picture, target)]
+    planes = [x.permute(2, 0, 1)[None] for x in (picture, target)]
     similarity = splatting.ssim(planes[0], planes[1], backend=backend)
     return (1 - SSIM_SHARE) * (picture - target).abs().mean() + SSIM_SHARE * (1 - similarity)
 
@@ -141,7 +141,7 @@ def initial_gaussians(
     count = len(points)
     distance = np.full((count, 1), largest)
     if count > 1:
-        neighbours = range(2, min(count, 4) + 1)  # the first is the point itself
+        neighbours = list(range(2, min(count, 4) + 1))  # the first is the point itself
         distance = KDTree(points.numpy()).query(points.numpy(), k=neighbours)[0]
     size = torch.from_numpy(np.sqrt(np.square(distance).mean(axis=-1))).float().clamp(1e-7, largest)
     made = {

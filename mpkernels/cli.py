@@ -1,4 +1,4 @@
-"""The command line: ``mpkernels info | validate | bench | demo | view | report``. Arguments only: see commands/."""
+"""The command line: ``mpkernels info | validate | bench | demo | view | report``. Arguments only: see commands/.
 
 Exit status: 0 all is well, 1 something is wrong (a failing check, a backend that was named and cannot run),
 2 bad usage, 130 interrupted with Ctrl-C (after printing what was done so far).

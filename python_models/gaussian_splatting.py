@@ -35,7 +35,8 @@ Progress = Callable[[dict], None] | None
 
 STEREO_RATES = {"scales": 5e-3, "opacities": 2e-2, "sh0": 5e-3}  # of Adam; depths come from disparity and stay
 STEREO_WIDTH = 0.5  # standard deviation of a Gaussian at first, in pixels
-STEREO_OPACITY = 0.9
+STEREO_OPACITY = 0.98
+STEREO_BLUR = 0.1  # eps2d, pixels squared: a third of what is usual, as every pixel has its own Gaussian
 SIZE_LOSS = 0.01  # weight of how much Gaussians leave their first size, which the left view alone does not tell
 
 
@@ -78,7 +79,7 @@ def fit(
     def view(number: int) -> Tensor:
         height, width = pair.disparity.shape
         K, viewmat = cameras.Ks[number], cameras.viewmats[number]
-        return training.render(gaussians, viewmat, K, width, height, sh_degree=0, backend=backend)[0]
+        return training.render(gaussians, viewmat, K, width, height, sh_degree=0, eps2d=STEREO_BLUR, backend=backend)[0]
 
     def figures(right: Tensor) -> dict[str, float]:
         return {

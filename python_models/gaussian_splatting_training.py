@@ -188,14 +188,21 @@ def render(
     return colours[0], alphas[0], info
 
 
-def cap_growth(strategy: splatting.DefaultStrategy, state: dict[str, Any], count: int, cap: int, usual: float) -> None:
-    """Sets the strategy's threshold so that Gaussians never number more than `cap`: those of highest gradient grow."""
-    room = max(cap - count, 0)
-    if state.get("grad2d") is None or room >= count:
-        strategy.grow_grad2d = usual
-        return
-    mean = state["grad2d"] / state["count"].clamp_min(1)
-    strategy.grow_grad2d = max(usual, mean.topk(room + 1).values[-1].item())  # what is above it grows: `room` at most
+class CappedStrategy(splatting.DefaultStrategy):
+    """The default strategy with a largest number of Gaussians: where too many would grow, the highest gradients do."""
+
+    cap: int = 10**9
+
+    def _grow(self, params: Any, optimizers: Any, state: dict[str, Any], step: int) -> tuple[int, int]:
+        usual, count = self.grow_grad2d, len(params["means"])
+        room = max(self.cap - count, 0)
+        if room < count:
+            mean = state["grad2d"] / state["count"].clamp_min(1)
+            self.grow_grad2d = max(usual, mean.topk(room + 1).values[-1].item())  # above it are `room` at most
+        try:
+            return super()._grow(params, optimizers, state, step)
+        finally:
+            self.grow_grad2d = usual
 
 
 class Interruption:
@@ -246,7 +253,6 @@ class Trainer:
             for name, rate in RATES.items()
         }
         self.strategy = self._make_strategy()
-        self.usual_threshold = getattr(self.strategy, "grow_grad2d", 0.0)
         self.state = self._first_state()
 
     def _first_gaussians(self) -> torch.nn.ParameterDict:
@@ -261,7 +267,9 @@ class Trainer:
     def _make_strategy(self) -> splatting.DefaultStrategy | splatting.MCMCStrategy:
         if self.settings.strategy == "mcmc":
             return splatting.MCMCStrategy(cap_max=self.settings.max_gaussians, generator=self.noise)
-        return splatting.DefaultStrategy(generator=self.noise)
+        strategy = CappedStrategy(generator=self.noise)
+        strategy.cap = self.settings.max_gaussians
+        return strategy
 
     def _first_state(self) -> dict[str, Any]:
         self.strategy.check_sanity(self.gaussians, self.optimizers)
@@ -317,15 +325,15 @@ class Trainer:
         if self.settings.strategy == "mcmc":
             loss = loss + MCMC_OPACITY * torch.sigmoid(self.gaussians["opacities"]).mean()
             loss = loss + MCMC_SCALE * self.gaussians["scales"].exp().mean()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss of step {self.step} is {value}; the last checkpoint is as it was")
         loss.backward()
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self._refine(info, spent, means_rate)
         self.step += 1
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of step {self.step} is {value}; the last checkpoint is as it was")
         return value
 
     def _refine(self, info: dict[str, Any], spent: float, means_rate: float) -> None:
@@ -335,13 +343,6 @@ class Trainer:
             self.strategy.step_post_backward(*arguments, lr=means_rate)
         elif spent < REFINE_UNTIL:
             self.strategy.refine_stop_iter = self.step + 1
-            cap_growth(
-                self.strategy,
-                self.state,
-                len(self.gaussians["means"]),
-                self.settings.max_gaussians,
-                self.usual_threshold,
-            )
             self.strategy.step_post_backward(*arguments)
 
     @torch.no_grad()

@@ -195,15 +195,18 @@ def test_loss_is_four_fifths_of_l1_and_a_fifth_of_ssim():
     assert training.psnr(target + 0.1 * (0.5 - target).sign(), target) == pytest.approx(20, abs=1e-3)
 
 
-def test_the_cap_lets_the_highest_gradients_grow():
-    strategy = splatting.DefaultStrategy()
-    state = {"grad2d": torch.tensor([1.0, 8.0, 6.0, 0.0]), "count": torch.tensor([1.0, 2.0, 1.0, 0.0])}  # 1, 4, 6, 0
-    mean = state["grad2d"] / state["count"].clamp_min(1)
-    for cap, grown in ((4, 0), (5, 1), (6, 2), (7, 3), (100, 3)):
-        training.cap_growth(strategy, state, 4, cap, 0.5)
-        assert int((mean > strategy.grow_grad2d).sum()) == grown
-    training.cap_growth(strategy, state, 9, 4, 0.5)  # too many already
-    assert int((mean > strategy.grow_grad2d).sum()) == 0
+@pytest.mark.parametrize(("cap", "grown"), [(3, []), (4, []), (5, [2]), (6, [1, 2]), (7, [0, 1, 2]), (99, [0, 1, 2])])
+def test_the_cap_lets_the_highest_gradients_grow(cap, grown):
+    made = training.initial_gaussians(torch.rand(4, 3), torch.rand(4, 3), sh_degree=0, largest=1e-3)
+    optimizers = {name: torch.optim.Adam([value]) for name, value in made.items()}
+    strategy = training.CappedStrategy(grow_grad2d=0.5)
+    strategy.cap = cap
+    state = strategy.initialize_state()
+    state |= {"grad2d": torch.tensor([1.0, 8.0, 6.0, 0.0]), "count": torch.tensor([1.0, 2.0, 1.0, 0.0])}  # 1, 4, 6, 0
+    before = made["means"].detach().clone()
+    strategy._grow(made, optimizers, state, 1000)
+    assert sorted(made["means"][4:].tolist()) == sorted(before[grown].tolist())  # small ones are duplicated
+    assert strategy.grow_grad2d == 0.5
 
 
 def test_gaussians_start_as_large_as_their_neighbours_are_away():

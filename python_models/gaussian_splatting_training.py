@@ -141,8 +141,7 @@ def initial_gaussians(
     count = len(points)
     distance = np.full((count, 1), largest)
     if count > 1:
-        neighbours = list(range(2, min(count, 4) + 1))  # the first is the point itself
-        distance = KDTree(points.numpy()).query(points.numpy(), k=neighbours)[0]
+        distance = KDTree(points.numpy()).query(points.numpy(), k=min(count, 4))[0][:, 1:]  # the first is itself
     size = torch.from_numpy(np.sqrt(np.square(distance).mean(axis=-1))).float().clamp(1e-7, largest)
     made = {
         "means": points.clone(),

@@ -140,8 +140,8 @@ class Viewer:
         self._seen = {number: seen for number, seen in self._seen.items() if number in clients}
         busy = False
         for number, client in clients.items():
-            camera = client.camera
             with contextlib.suppress(AssertionError):  # viser's, before the browser has said where its camera is
+                camera = client.camera
                 pose = (*map(float, camera.wxyz), *map(float, camera.position), float(camera.fov), float(camera.aspect))
                 before, size = self._seen.get(number, (None, 0))
                 if before == pose and size == self.longest:

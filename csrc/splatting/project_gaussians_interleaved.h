@@ -1,4 +1,5 @@
-// Vectors of one component each from tensors of (N, C) with the components interleaved, and back: C = 2, 3, 4, 6.
+// Vectors of one component each from tensors of (N, C) with the components interleaved, and back: C = 2, 3, 4,
+// 6, 9.
 #pragma once
 
 #include "common/vector.h"
@@ -48,48 +49,54 @@ MPKERNELS_INLINE Vector<T> zip3(Vector<T> a, Vector<T> b, Vector<T> c) {
   return shuffle<Zip3<T, K, true>, T>(shuffle<Zip3<T, K, false>, T>(a, b), c);
 }
 
+// x: C vectors of interleaved components become a vector a component; and back.
 template <typename T, int C>
 MPKERNELS_INLINE void split(Vector<T>* x) {
-  if constexpr (C == 3) {
-    const Vector<T> a = x[0], b = x[1], c = x[2];
-    x[0] = every3<T, 0>(a, b, c);
-    x[1] = every3<T, 1>(a, b, c);
-    x[2] = every3<T, 2>(a, b, c);
-  } else if constexpr (C > 1) {
-    static_assert(C % 2 == 0, "2, 3, 4 or 6 components");
-    Vector<T> even[C / 2], odd[C / 2];
+  if constexpr (C % 2 == 0) {
+    Vector<T> part[2][C / 2];
     for (int i = 0; i < C / 2; ++i) {
-      even[i] = shuffle<Every2<T, 0>, T>(x[2 * i], x[2 * i + 1]);
-      odd[i] = shuffle<Every2<T, 1>, T>(x[2 * i], x[2 * i + 1]);
+      part[0][i] = shuffle<Every2<T, 0>, T>(x[2 * i], x[2 * i + 1]);
+      part[1][i] = shuffle<Every2<T, 1>, T>(x[2 * i], x[2 * i + 1]);
     }
-    split<T, C / 2>(even);
-    split<T, C / 2>(odd);
-    for (int i = 0; i < C / 2; ++i) {
-      x[2 * i] = even[i];
-      x[2 * i + 1] = odd[i];
+    split<T, C / 2>(part[0]);
+    split<T, C / 2>(part[1]);
+    for (int c = 0; c < C; ++c) x[c] = part[c % 2][c / 2];
+  } else if constexpr (C % 3 == 0) {
+    Vector<T> part[3][C / 3];
+    for (int i = 0; i < C / 3; ++i) {
+      part[0][i] = every3<T, 0>(x[3 * i], x[3 * i + 1], x[3 * i + 2]);
+      part[1][i] = every3<T, 1>(x[3 * i], x[3 * i + 1], x[3 * i + 2]);
+      part[2][i] = every3<T, 2>(x[3 * i], x[3 * i + 1], x[3 * i + 2]);
     }
+    for (int k = 0; k < 3; ++k) split<T, C / 3>(part[k]);
+    for (int c = 0; c < C; ++c) x[c] = part[c % 3][c / 3];
+  } else {
+    static_assert(C == 1, "2, 3, 4, 6 or 9 components");
   }
 }
 
 template <typename T, int C>
 MPKERNELS_INLINE void join(Vector<T>* x) {
-  if constexpr (C == 3) {
-    const Vector<T> a = x[0], b = x[1], c = x[2];
-    x[0] = zip3<T, 0>(a, b, c);
-    x[1] = zip3<T, 1>(a, b, c);
-    x[2] = zip3<T, 2>(a, b, c);
-  } else if constexpr (C > 1) {
-    Vector<T> even[C / 2], odd[C / 2];
+  if constexpr (C % 2 == 0) {
+    Vector<T> part[2][C / 2];
+    for (int c = 0; c < C; ++c) part[c % 2][c / 2] = x[c];
+    join<T, C / 2>(part[0]);
+    join<T, C / 2>(part[1]);
     for (int i = 0; i < C / 2; ++i) {
-      even[i] = x[2 * i];
-      odd[i] = x[2 * i + 1];
+      x[2 * i] = shuffle<Zip2<T, 0>, T>(part[0][i], part[1][i]);
+      x[2 * i + 1] = shuffle<Zip2<T, 1>, T>(part[0][i], part[1][i]);
     }
-    join<T, C / 2>(even);
-    join<T, C / 2>(odd);
-    for (int i = 0; i < C / 2; ++i) {
-      x[2 * i] = shuffle<Zip2<T, 0>, T>(even[i], odd[i]);
-      x[2 * i + 1] = shuffle<Zip2<T, 1>, T>(even[i], odd[i]);
+  } else if constexpr (C % 3 == 0) {
+    Vector<T> part[3][C / 3];
+    for (int c = 0; c < C; ++c) part[c % 3][c / 3] = x[c];
+    for (int k = 0; k < 3; ++k) join<T, C / 3>(part[k]);
+    for (int i = 0; i < C / 3; ++i) {
+      x[3 * i] = zip3<T, 0>(part[0][i], part[1][i], part[2][i]);
+      x[3 * i + 1] = zip3<T, 1>(part[0][i], part[1][i], part[2][i]);
+      x[3 * i + 2] = zip3<T, 2>(part[0][i], part[1][i], part[2][i]);
     }
+  } else {
+    static_assert(C == 1, "2, 3, 4, 6 or 9 components");
   }
 }
 

@@ -100,7 +100,13 @@ PLACES = {
     ".version": "__version__",
 }
 
-HAS_RASTERIZATION = pytest.mark.skipif(not hasattr(splatting, "rasterization"), reason="rasterization is being written")
+
+def once_written(name):
+    written = callable(getattr(splatting, name, None))
+    return pytest.mark.skipif(not written, reason=f"mpkernels.splatting.{name} is being written")
+
+
+HAS_RASTERIZATION = once_written("rasterization")
 
 
 def find(path):
@@ -197,14 +203,18 @@ class TestRasterization:
         changed = {
             "near_plane": 0.1, "far_plane": 9.0, "radius_clip": 1.0, "eps2d": 0.2, "sh_degree": 2, "packed": False,
             "tile_size": 8, "backgrounds": torch.zeros(1, 3), "render_mode": "RGB+ED", "absgrad": True,
-            "rasterize_mode": "antialiased", "camera_model": "ortho", "covars": torch.zeros(100, 3, 3),
+            "rasterize_mode": "antialiased", "camera_model": "ortho",
         }  # fmt: skip
         assert rasterization(*example, **changed, channel_chunk=8, segmented=True) == ("colors", "alphas", {})
         args, kwargs = calls["rasterization"]
         assert all(got is given for got, given in zip(args, example, strict=True))
-        assert kwargs == changed
-        rasterization(*example)
-        assert calls["rasterization"][1]["packed"] is True  # gsplat's default
+        assert kwargs == {**changed, "covars": None}
+        covars = torch.zeros(100, 3, 3)
+        rasterization(*example, covars=covars)
+        args, kwargs = calls["rasterization"]
+        assert args[1:3] == (None, None)  # of quats, scales and covars gsplat takes the last
+        assert kwargs["covars"] is covars
+        assert kwargs["packed"] is True  # gsplat's default
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -313,6 +323,23 @@ class TestRasterization:
         assert torch.equal(unsorted[2].sort().values, unsorted[2])
         assert torch.equal(unsorted[1].sort().values, isect_ids)
 
+    @once_written("quat_scale_to_covar")
+    def test_covariances_and_their_inverses(self):
+        quats, scales = (x.double() for x in readme()[1:3])
+        covars, precis = gsplat.quat_scale_to_covar_preci(quats, scales + 0.1)
+        torch.testing.assert_close(covars @ precis, torch.eye(3).double().expand(100, 3, 3))
+        triu, _ = gsplat.quat_scale_to_covar_preci(quats, scales + 0.1, compute_preci=False, triu=True)
+        torch.testing.assert_close(triu, covars[:, [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]])
+
+    @HAS_RASTERIZATION
+    def test_harmonics_of_degree_1(self):
+        dirs, coeffs = readme()[0], torch.randn(100, 9, 3, generator=torch.Generator().manual_seed(0))
+        got = gsplat.spherical_harmonics(1, dirs, coeffs, masks=torch.arange(100) > 2)
+        x, y, z = torch.nn.functional.normalize(dirs, dim=-1)[..., None].unbind(1)
+        expected = 0.28209479 * coeffs[:, 0] + 0.48860251 * (-y * coeffs[:, 1] + z * coeffs[:, 2] - x * coeffs[:, 3])
+        torch.testing.assert_close(got[3:], expected[3:])
+        assert not got[:3].any()
+
 
 class TestPieces:
     def test_projection(self, calls):
@@ -324,7 +351,7 @@ class TestPieces:
         assert got == ("radii", "means2d", "depths", "conics", None)
         args, kwargs = calls["project_gaussians"]
         assert all(a is b for a, b in zip(args, (means, quats, scales, viewmats, Ks, width, height), strict=True))
-        assert kwargs == {**options, "covars": None, "opacities": opacities, "packed": True}
+        assert kwargs == {**options, "covars": None, "opacities": opacities, "packed": True, "antialiased": False}
         covars = torch.zeros(100, 6)
         got = gsplat.fully_fused_projection(
             means, covars, quats, scales, viewmats, Ks, width, height, calc_compensations=True
@@ -332,6 +359,7 @@ class TestPieces:
         assert got[-1] == "compensations"
         assert calls["project_gaussians"][0][1:3] == (None, None)
         assert calls["project_gaussians"][1]["covars"] is covars
+        assert calls["project_gaussians"][1]["antialiased"] is True
         with pytest.raises(NotImplementedError, match=r"^sparse_grad"):
             gsplat.fully_fused_projection(means, covars, None, None, viewmats, Ks, 1, 1, packed=True, sparse_grad=True)
         with pytest.raises(NotImplementedError, match=r"^camera_model: 'fisheye'"):
@@ -381,6 +409,8 @@ class TestPieces:
         keys = self.keys([0, 0, 0, 2, 2], [0, 1, 1, 3, 5], [2.0, 1.0, 2.0, 1.0, 1.0], 6)
         offsets = gsplat.isect_offset_encode(keys, 3, 3, 2)
         assert offsets.tolist() == [[[0, 1, 3], [3, 3, 3]], [[3, 3, 3], [3, 3, 3]], [[3, 3, 3], [3, 4, 4]]]
+        keys = self.keys([0, 1, 1], [3, 0, 2], [1.0, 1.0, 1.0], 4)
+        assert gsplat.isect_offset_encode(keys, 2, 2, 2).tolist() == [[[0, 0], [0, 0]], [[1, 2], [2, 3]]]
         assert gsplat.isect_offset_encode(keys[:0], 1, 2, 2).tolist() == [[[0, 0], [0, 0]]]
         with pytest.raises(TypeError, match=r"isect_ids.*int64.*int32"):
             gsplat.isect_offset_encode(keys.int(), 3, 3, 2)
@@ -456,6 +486,7 @@ class TestPieces:
         rng = torch.Generator().manual_seed(0)
         images, n, width, height = 2, 4, 3, 2
         means2d = torch.rand(images, n, 2, generator=rng, dtype=torch.float64) * 3
+        means2d[1, 2] = 1.5  # the centre of pixel 4, where its opacity of 1 is cut
         conics = torch.tensor([0.5, 0.1, 0.7]).double() * torch.rand(images, n, 1, generator=rng).double()
         opacities = torch.tensor([[0.3, 0.9, 1.0, 1.0]]).double().expand(images, n).contiguous()
         colors = torch.rand(images, n, 5, generator=rng, dtype=torch.float64)

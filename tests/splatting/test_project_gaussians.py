@@ -257,6 +257,31 @@ class TestCpu(ProjectGaussiansProperties):
             assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
+class TestFibres(ProjectGaussiansProperties):
+    """The CUDA kernels, a fibre per thread, on the CPU."""
+
+    backend = "fibres"
+    slow = True
+    large = False
+
+    def test_many_tiles_are_summed(self):
+        """More tiles of 256 Gaussians than the sum over tiles has strides."""
+        arguments = self.on_axis([[0.0, 0, 2]] * (256 * 33 + 1))
+        found = []
+        for backend in ("fibres", "reference"):
+            leaves = [arguments[name].clone().requires_grad_() for name in ("viewmats", "Ks")]
+            out = project_gaussians(**(arguments | dict(zip(("viewmats", "Ks"), leaves, strict=True))), backend=backend)
+            found.append(torch.autograd.grad(out.means2d.sum() + out.depths.sum() + out.conics.sum(), leaves))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+class TestCuda(ProjectGaussiansProperties):
+    backend = "cuda"
+    device = "cuda"
+
+
 @pytest.mark.gpu
 class TestReferenceOnGpu(ProjectGaussiansProperties):
     backend = "reference"

@@ -23,8 +23,8 @@ class SsimProperties(OpProperties):
 
     def test_equals_scikit_image_on_a_photograph(self):
         """Inside, where no padding is seen; and its mean, which scikit-image takes over the inside alone."""
-        photograph = torch.from_numpy(data.camera())[96:144, 200:280].double() / 255
-        noisy = (photograph + 0.05 * self.random(48, 80) - 0.02).clamp(0, 1)
+        photograph = torch.from_numpy(data.camera())[96:126, 200:240].double() / 255
+        noisy = (photograph + 0.05 * self.random(30, 40) - 0.02).clamp(0, 1)
         mean, wanted = metrics.structural_similarity(
             photograph.numpy(),
             noisy.numpy(),
@@ -51,7 +51,7 @@ class SsimProperties(OpProperties):
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_equal_images_are_alike_and_pull_nothing(self, dtype):
         for scale in (1.0, 0.0, 1e4):
-            image = (self.random(1, 2, 9, 14) * scale).to(dtype).to(self.device)
+            image = (self.random(1, 1, 3, 14) * scale).to(dtype).to(self.device)
             arguments = {"image": image, "target": image.clone(), "reduction": "none"}
             (found,), pulls = gradients(lambda **a: (ssim(**a, backend=self.backend),), arguments, ("image", "target"))
             if self.backend == "reference":
@@ -62,11 +62,11 @@ class SsimProperties(OpProperties):
                 assert not any(x.any() for x in pulls.values())
 
     def test_symmetric(self):
-        x, y = self.random(1, 2, 12, 20), self.random(1, 2, 12, 20, seed=1)
+        x, y = self.random(1, 1, 4, 20), self.random(1, 1, 4, 20, seed=1)
         torch.testing.assert_close(self.ssim(x, y, reduction="none"), self.ssim(y, x, reduction="none"))
 
     def test_scale_of_values_and_range_cancel(self):
-        x, y = self.random(1, 1, 12, 20), self.random(1, 1, 12, 20, seed=1)
+        x, y = self.random(1, 1, 4, 20), self.random(1, 1, 4, 20, seed=1)
         torch.testing.assert_close(self.ssim(x, y), self.ssim(255 * x, 255 * y, data_range=255.0))
         assert self.ssim(x, y).item() != pytest.approx(self.ssim(x, y, data_range=2.0).item(), rel=1e-3)
 

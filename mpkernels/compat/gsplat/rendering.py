@@ -74,6 +74,8 @@ def rasterization(
     if getattr(rolling_shutter, "name", rolling_shutter) != "GLOBAL":  # gsplat's own enumeration will do
         check_unused("a rolling shutter", rolling_shutter=rolling_shutter)
     check_unused("a rolling shutter", viewmats_rs=viewmats_rs)
+    if covars is not None:
+        quats = scales = None  # gsplat takes covars where both are given
     return splatting.rasterization(
         means,
         quats,

@@ -183,9 +183,11 @@ def _not_positive(arguments: dict) -> None:
 
 _CASES = (
     Case("two cameras", _scene(7, 2), second_order=True),
-    Case("covars", _scene(5, covars=1), second_order=True),
-    Case("ortho", _scene(5, 2, camera_model="ortho"), second_order=True),
+    Case("covars, ortho", _scene(5, covars=1, camera_model="ortho"), second_order=True),
     Case("both clamps", _changed(_scene(6), _at_the_edges), second_order=True),
+    Case("covars", _scene(5, covars=1)),
+    Case("ortho", _scene(5, 2, camera_model="ortho")),
+    Case("several tiles", _scene(600, 2)),
     Case("antialiased", _changed(_scene(9, opacities=True, antialiased=True), _opacities)),
     Case("batch dimensions", _scene(5, 2, lead=(2, 3), opacities=True)),
     Case("matrices of covariances", _scene(37, 2, covars=2, opacities=True)),

@@ -34,3 +34,5 @@ library.define(f"{FORWARD}({_ARGUMENTS}) -> Tensor", lambda degree, dirs, coeffs
 library.define(
     f"{BACKWARD}(Tensor grad, {_ARGUMENTS}, bool needs_dirs, bool needs_coeffs) -> (Tensor, Tensor)", _fake_backward
 )
+library.implement_triton(FORWARD, _TRITON, "forward")
+library.implement_triton(BACKWARD, _TRITON, "backward")

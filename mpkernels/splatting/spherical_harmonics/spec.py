@@ -96,7 +96,9 @@ def _cost(arguments, backward: bool) -> Cost:
 
 
 def _triton_kernels() -> tuple[TritonKernel, ...]:
-    return ()
+    from mpkernels.splatting.spherical_harmonics import triton  # imports Triton, which a CPU can do without
+
+    return triton.compiled_kernels()
 
 
 SPECS = (

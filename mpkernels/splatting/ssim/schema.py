@@ -41,3 +41,5 @@ library.define(f"{FORWARD}({_ARGUMENTS}) -> Tensor", _fake_forward)
 library.define(
     f"{BACKWARD}(Tensor grad, {_ARGUMENTS}, bool needs_image, bool needs_target) -> (Tensor, Tensor)", _fake_backward
 )
+library.implement_triton(FORWARD, _TRITON, "forward")
+library.implement_triton(BACKWARD, _TRITON, "backward")

@@ -79,7 +79,9 @@ def _cost(arguments, backward: bool) -> Cost:
 
 
 def _triton_kernels() -> tuple[TritonKernel, ...]:
-    return ()
+    from mpkernels.splatting.ssim import triton  # imports Triton, which a CPU can do without
+
+    return triton.compiled_kernels()
 
 
 SPECS = (
@@ -96,19 +98,19 @@ SPECS = (
             Case("map of a small image", _images(1, 1, 3, 5, reduction="none"), second_order=True),
             Case("valid", _images(1, 2, 4, 5, window_size=3, padding="valid", reduction="none"), second_order=True),
             Case("valid mean of one window", _images(2, 1, 11, 11, padding="valid")),
-            Case("typical", _images(2, 3, 37, 61)),
-            Case("typical map", _images(1, 3, 41, 50, reduction="none")),
-            Case("an image without a batch", _images(3, 19, 22, reduction="none")),
-            Case("odd sizes", _images(5, 1, 1, 123)),
-            Case("one column", _images(1, 2, 70, 1, reduction="none")),
+            Case("typical", _images(1, 2, 19, 140)),
+            Case("typical map", _images(2, 1, 18, 30, reduction="none")),
+            Case("an image without a batch", _images(2, 7, 12, reduction="none")),
+            Case("odd sizes", _images(3, 1, 1, 123)),
+            Case("one column", _images(1, 1, 35, 1, reduction="none")),
             Case("one pixel", _images(1, 1, 1, 1)),
             Case("a window of one pixel", _images(1, 2, 6, 9, window_size=1, reduction="none")),
-            Case("a wide window", _images(1, 1, 20, 33, window_size=27, sigma=5.0, reduction="none")),
-            Case("values up to 255", _images(1, 1, 24, 40, scale=255.0, data_range=255, padding="valid")),
+            Case("a wide window", _images(1, 1, 9, 33, window_size=27, sigma=5.0, reduction="none")),
+            Case("values up to 255", _images(1, 1, 14, 20, scale=255.0, data_range=255, padding="valid")),
             Case("no images", _images(0, 3, 16, 16)),
             Case("no rows", _images(2, 3, 0, 16)),
             Case("no columns", _images(2, 3, 5, 0, reduction="none")),
-            Case("channels last", _changed(_images(2, 3, 25, 30), _channels_last)),
+            Case("channels last", _changed(_images(1, 3, 17, 20), _channels_last)),
             Case("channels last, map", _changed(_images(1, 4, 9, 21, reduction="none"), _channels_last)),
             Case("channels last, valid", _changed(_images(1, 3, 13, 40, padding="valid"), _channels_last)),
             Case(
@@ -116,10 +118,10 @@ SPECS = (
                 _changed(_images(1, 2, 2, 3, window_size=3, reduction="none"), _channels_last),
                 second_order=True,
             ),
-            Case("only the image has channels last", _changed(_images(1, 3, 8, 11), _only_image_channels_last)),
-            Case("strided", _changed(_images(2, 2, 12, 18, reduction="none"), _strided)),
-            Case("expanded", _changed(_images(2, 3, 12, 18), _expanded)),
-            Case("flat", _changed(_images(1, 1, 30, 30, reduction="none"), _flat)),
+            Case("only the image has channels last", _changed(_images(1, 2, 4, 6), _only_image_channels_last)),
+            Case("strided", _changed(_images(1, 2, 5, 9, reduction="none"), _strided)),
+            Case("expanded", _changed(_images(1, 2, 6, 9), _expanded)),
+            Case("flat", _changed(_images(1, 1, 9, 20, reduction="none"), _flat)),
             Case("several tiles", _images(1, 2, 80, 540), large=True),
         ),
         bad_inputs=(

@@ -177,20 +177,18 @@ class DefaultStrategy(Strategy):
                 f"got the shape {tuple(gradients.shape)}"
             )
 
-        half = torch.tensor([width / 2, height / 2], dtype=gradients.dtype, device=gradients.device)
-        norms = (gradients * half * cameras).norm(dim=-1)
+        norms = torch.hypot(gradients[..., 0] * (width / 2 * cameras), gradients[..., 1] * (height / 2 * cameras))
         seen = (radii > 0).all(dim=-1)
-        largest = radii.amax(dim=-1) / max(width, height)
+        largest = radii.amax(dim=-1).to(norms.dtype) / max(width, height)
+        norms, largest = (torch.where(seen, value, 0) for value in (norms, largest))
+        seen = seen.to(norms.dtype)
         if ids is None:  # sums over cameras, in their order
-            norms, largest = (torch.where(seen, value, 0) for value in (norms, largest))
             norms, seen, largest = (value.reshape(radii[..., 0, 0].numel(), size) for value in (norms, seen, largest))
             total, count, largest = norms.sum(0), seen.sum(0), _highest(largest)
         else:
-            ids = ids[seen]
             zeros = torch.zeros(size, dtype=norms.dtype, device=norms.device)
-            total = _add_at(zeros, ids, norms[seen])
-            count = torch.bincount(ids, minlength=size)
-            largest = zeros.to(largest.dtype).scatter_reduce(0, ids, largest[seen], "amax")
+            total, count = _add_at(zeros, ids, norms), _add_at(zeros, ids, seen)
+            largest = zeros.scatter_reduce(0, ids, largest, "amax")
 
         names = ["grad2d", "count"] + (["radii"] if self.refine_scale2d_stop_iter > 0 else [])
         for name in names:
@@ -262,5 +260,5 @@ def _highest(values: Tensor) -> Tensor:
 def _add_at(total: Tensor, ids: Tensor, values: Tensor) -> Tensor:
     """Adds values at ids, which may repeat, in a fixed order: each device has one call that keeps one."""
     if total.is_cuda:
-        return total.index_put_((ids,), values, accumulate=True)
-    return total.index_add_(0, ids, values)
+        return total.index_put((ids,), values, accumulate=True)
+    return total.index_add(0, ids, values)

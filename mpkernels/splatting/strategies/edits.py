@@ -151,8 +151,8 @@ def add_noise(
     noise = _normal(means.shape, means, generator)
     factor = torch.sigmoid(100 * (0.005 - opacities_of(params))).nan_to_num(0) * scaler
     noise = noise * factor[:, None]
-    quats, variances = params["quats"], (2 * params["scales"]).exp()
-    means.add_(rotate(quats, variances * rotate(quats, noise, inverse=True)))
+    # normal noise has no direction, so the R^T of R S S^T R^T need not turn it
+    means.add_(rotate(params["quats"], (2 * params["scales"]).exp() * noise))
 
 
 def opacities_of(params: Params) -> Tensor:
@@ -160,12 +160,12 @@ def opacities_of(params: Params) -> Tensor:
     return torch.sigmoid(params["opacities"].detach().reshape(len(params["opacities"])))
 
 
-def rotate(quats: Tensor, vectors: Tensor, inverse: bool = False) -> Tensor:
+def rotate(quats: Tensor, vectors: Tensor) -> Tensor:
     """Vectors (..., N, 3) rotated by quaternions (N, 4), wxyz, of any length; that of length 0 rotates nothing."""
     quats = F.normalize(quats, dim=-1)
     w, axis = quats[..., :1], quats[..., 1:].expand_as(vectors)
     cross = torch.linalg.cross(axis, vectors)
-    return vectors + 2 * ((-w if inverse else w) * cross + torch.linalg.cross(axis, cross))
+    return vectors + 2 * (w * cross + torch.linalg.cross(axis, cross))
 
 
 def sample(weights: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor | None:

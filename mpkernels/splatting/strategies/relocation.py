@@ -33,7 +33,8 @@ def compute_relocation(opacities: Tensor, scales: Tensor, ratios: Tensor, binoms
         binoms: (n_max, n_max), [n, k] -> n over k (the "binoms" of :meth:`MCMCStrategy.initialize_state`).
 
     Returns:
-        The new opacities (N,) and scales (N, 3). An opacity of 0 stays, with its scale.
+        The new opacities (N,) and scales (N, 3). An opacity of 0 stays, with its scale; one of 1 counts as the
+        largest number of float64 below.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape.

@@ -233,6 +233,7 @@ def fully_fused_projection(
         radius_clip=radius_clip,
         eps2d=eps2d,
         camera_model=camera_model,
+        antialiased=calc_compensations,
         packed=packed,
     )
     return (*outputs, compensations if calc_compensations else None)
@@ -325,19 +326,18 @@ def rasterize_to_pixels(
             f"isect_offsets: expected at least {needed} tiles of {tile_size} pixels for an image of "
             f"{image_width} x {image_height}, got {(tile_height, tile_width)}"
         )
-    return tuple(
-        splatting.rasterize(
-            means2d,
-            conics,
-            colors,
-            opacities,
-            image_width,
-            image_height,
-            isect_offsets.to(torch.int64),
-            flatten_ids,
-            tile_size=tile_size,
-            backgrounds=backgrounds,
-            masks=masks,
-            absgrad=absgrad,
-        )
+    colors, alphas = splatting.rasterize(
+        means2d,
+        conics,
+        colors,
+        opacities,
+        image_width,
+        image_height,
+        isect_offsets.to(torch.int64),
+        flatten_ids,
+        tile_size=tile_size,
+        backgrounds=backgrounds,
+        masks=masks,
+        absgrad=absgrad,
     )
+    return colors, alphas

@@ -112,12 +112,18 @@ class OpSpec:
     fastest_on_cuda: str = "cuda"  # measured; decides for CUDA tensors where nothing is named
     second_order: bool = True  # whether gradients are differentiable again, and forward mode exists
     batched: bool = True  # whether torch.func.vmap over the first dimension makes sense
-    demo: str | None = None  # module of python_models with `fit(...)`, run by `mpkernels demo <name>`
+    demo: str | None = None  # module of python_models with `fit(...)`, run by `mpkernels demo`
+    demo_name: str | None = None  # what it is called there, if not as the op
     dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(
         default_factory=lambda: (
             {"reference": _ALL, "cpu": _ALL, "triton": _ALL, "cuda": _ALL} | {"fibres": (torch.float32, torch.float64)}
         )
     )
+
+    @property
+    def demo_title(self) -> str:
+        """What its demonstration is called."""
+        return self.demo_name or self.name
 
     def case(self, name: str) -> Case:
         """The case of that name."""

@@ -16,6 +16,7 @@ import pytest
 from mpkernels import library
 
 ROOT = Path(__file__).resolve().parents[1]
+OPS = ("tests/volume", "tests/splatting")
 CORE = "(error_within_bound and not float64) or stopped or closed_form or leaks"
 
 
@@ -51,13 +52,13 @@ def test_lesser_instruction_sets(isa):
     if platform.machine() not in ("x86_64", "AMD64") and isa != "baseline":
         return  # not built there: other processors have the baseline alone
     assert (library.LIBRARY_FOLDER / f"mpkernels_cpu_{isa}.so").exists()
-    run_pytest("tests/volume", "-k", f"TestCpu and ({CORE})", least=60, MPKERNELS_CPU_ISA=isa)
+    run_pytest(*OPS, "-k", f"TestCpu and ({CORE})", least=60, MPKERNELS_CPU_ISA=isa)
 
 
 @pytest.mark.parametrize("order", ["reverse", "random:1"])
 def test_fibres_in_another_order(order):
     """A barrier that one order of threads hides shows in another."""
-    run_pytest("tests/volume", "-k", f"TestFibres and ({CORE})", least=50, MPKERNELS_FIBRES_ORDER=order)
+    run_pytest(*OPS, "-k", f"TestFibres and ({CORE})", least=50, MPKERNELS_FIBRES_ORDER=order)
 
 
 def test_fibres_under_sanitizers():
@@ -71,7 +72,7 @@ def test_fibres_under_sanitizers():
         for name in ("libasan.so", "libubsan.so")
     ]
     run_pytest(
-        "tests/volume",
+        *OPS,
         "-k",
         f"TestFibres and ({CORE})",
         "-s",

@@ -23,6 +23,7 @@
 #include "splatting/constants.h"
 
 #include <cmath>
+#include <cstring>
 
 namespace mpkernels {
 namespace splatting {
@@ -134,6 +135,38 @@ MPKERNELS_HOST_DEVICE inline int64_t tiles_of_row(const TileGrid& grid, const Fo
   const TileSpan columns = f.is_box ? f.columns : columns_of_row(grid, f, row);
   return columns.end > columns.begin ? columns.end - columns.begin : 0;
 }
+
+// The arguments of the op.
+template <typename T>
+struct ProjectedGaussians {
+  const T* means2d;          // (M, 2)
+  const int32_t* radii;      // (M, 2)
+  const T* depths;           // (M,)
+  const T* conics;           // (M, 3) or null
+  const T* opacities;        // (M,) with conics
+  const int64_t* image_ids;  // (M,) or null: per_image each
+  int64_t count, images, per_image;
+  TileGrid grid;
+
+  MPKERNELS_HOST_DEVICE int64_t image_of(int64_t gaussian) const {
+    return image_ids != nullptr ? image_ids[gaussian] : gaussian / per_image;
+  }
+  // No rows if it is in no image.
+  MPKERNELS_HOST_DEVICE Footprint footprint(int64_t gaussian) const {
+    const int64_t image = image_of(gaussian);
+    Footprint f = footprint_of(grid, means2d + 2 * gaussian, radii + 2 * gaussian,
+                               conics != nullptr ? conics + 3 * gaussian : nullptr,
+                               conics != nullptr ? opacities + gaussian : nullptr);
+    if (image < 0 || image >= images) f.rows = {0, 0};
+    return f;
+  }
+  MPKERNELS_HOST_DEVICE uint32_t depth_bits(int64_t gaussian) const {
+    const float depth = static_cast<float>(depths[gaussian]);
+    uint32_t bits;
+    memcpy(&bits, &depth, sizeof(bits));
+    return bits;
+  }
+};
 
 // Bits of gsplat's key for the tile: image << (32 + bits) | tile << 32 | depth.
 inline int tile_bits(int64_t tiles) {

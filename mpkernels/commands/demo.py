@@ -23,8 +23,8 @@ RESULT = "result.json"
 
 
 def demos() -> dict[str, OpSpec]:
-    """Every op with a demonstration, by name."""
-    return {spec.name: spec for spec in all_specs() if spec.demo is not None}
+    """Every op with a demonstration, by the demonstration's name."""
+    return {spec.demo_title: spec for spec in all_specs() if spec.demo is not None}
 
 
 def load(spec: OpSpec) -> ModuleType:
@@ -35,7 +35,7 @@ def load(spec: OpSpec) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
         remedy = "run in a clone" if missing.startswith("python_models") else "pip install 'mpkernels[models]'"
-        raise terminal.UsageError("NAME", f"the demo {spec.name!r} needs {missing!r}: {remedy}") from error
+        raise terminal.UsageError("NAME", f"the demo {spec.demo_title!r} needs {missing!r}: {remedy}") from error
 
 
 def fit(spec: OpSpec, settings: dict[str, Any], output: Path) -> dict:
@@ -51,10 +51,10 @@ def fit(spec: OpSpec, settings: dict[str, Any], output: Path) -> dict:
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given:
         if name not in known and name != "seed":
-            raise terminal.UsageError(f"--{name}", f"the demo {spec.name!r} has no such setting")
+            raise terminal.UsageError(f"--{name}", f"the demo {spec.demo_title!r} has no such setting")
     output.mkdir(parents=True, exist_ok=True)
     columns = (
-        TextColumn(spec.name),
+        TextColumn(spec.demo_title),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
@@ -83,7 +83,7 @@ def fit(spec: OpSpec, settings: dict[str, Any], output: Path) -> dict:
                 made, interrupted = {"pictures": []}, True
     asked = made.get("settings", {}).get("steps")
     made |= {
-        "demo": spec.name,
+        "demo": spec.demo_title,
         "versions": machine.versions(),
         "machine": machine.describe(),
         "date": time.strftime("%Y-%m-%d %H:%M"),

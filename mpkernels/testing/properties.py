@@ -101,7 +101,7 @@ class OpProperties:
 
     def _as_function(self, op: spec.OpSpec, case: spec.Case):
         arguments = case.arguments(torch.float64, self.device)
-        names = [name for name in op.differentiable if name in arguments]
+        names = [name for name in op.differentiable if isinstance(arguments.get(name), Tensor)]
         leaves = [arguments[name].detach().clone().requires_grad_() for name in names]
 
         def function(*xs):
@@ -132,7 +132,9 @@ class OpProperties:
         if self.backend == "reference" or not op.differentiable:
             return
         arguments = smooth_case.arguments(torch.float32, self.device)
-        leaves = [arguments[name].requires_grad_() for name in op.differentiable if name in arguments]
+        leaves = [
+            arguments[name].requires_grad_() for name in op.differentiable if isinstance(arguments.get(name), Tensor)
+        ]
 
         def loss(arguments):
             return torch.stack([x.pow(2).sum() for x in self.call(op, **arguments) if x.is_floating_point()]).sum()

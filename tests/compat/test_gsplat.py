@@ -101,14 +101,6 @@ PLACES = {
 }
 
 
-def once_written(name):
-    written = callable(getattr(splatting, name, None))
-    return pytest.mark.skipif(not written, reason=f"mpkernels.splatting.{name} is being written")
-
-
-HAS_RASTERIZATION = once_written("rasterization")
-
-
 def find(path):
     found = gsplat
     for name in path.split("."):
@@ -242,7 +234,6 @@ class TestRasterization:
         with pytest.raises(ValueError, match=r"camera_model: expected 'pinhole' or 'ortho', got 'panorama'"):
             rasterization(*readme(), camera_model="panorama")
 
-    @HAS_RASTERIZATION
     @pytest.mark.parametrize("packed", [True, False])
     def test_the_example_of_gsplat_runs(self, packed):
         colors, alphas, meta = rasterization(*readme(), packed=packed)
@@ -256,7 +247,6 @@ class TestRasterization:
         }  # fmt: skip
         assert names <= set(meta)
 
-    @HAS_RASTERIZATION
     @pytest.mark.parametrize("packed", [True, False])
     @pytest.mark.parametrize("absgrad", [True, False])
     def test_a_training_loop_of_gsplat_runs(self, packed, absgrad):
@@ -285,7 +275,6 @@ class TestRasterization:
             strategy.step_post_backward(params, optimizers, state, step, info, packed=packed)
         assert len(params["means"]) > 60
 
-    @HAS_RASTERIZATION
     @pytest.mark.parametrize("packed", [True, False])
     def test_the_pieces_make_the_same_image(self, packed):
         means, quats, scales, opacities, colors, viewmats, Ks, width, height = readme()
@@ -323,7 +312,6 @@ class TestRasterization:
         assert torch.equal(unsorted[2].sort().values, unsorted[2])
         assert torch.equal(unsorted[1].sort().values, isect_ids)
 
-    @once_written("quat_scale_to_covar")
     def test_covariances_and_their_inverses(self):
         quats, scales = (x.double() for x in readme()[1:3])
         covars, precis = gsplat.quat_scale_to_covar_preci(quats, scales + 0.1)
@@ -331,7 +319,6 @@ class TestRasterization:
         triu, _ = gsplat.quat_scale_to_covar_preci(quats, scales + 0.1, compute_preci=False, triu=True)
         torch.testing.assert_close(triu, covars[:, [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]])
 
-    @HAS_RASTERIZATION
     def test_harmonics_of_degree_1(self):
         dirs, coeffs = readme()[0], torch.randn(100, 9, 3, generator=torch.Generator().manual_seed(0))
         got = gsplat.spherical_harmonics(1, dirs, coeffs, masks=torch.arange(100) > 2)

@@ -276,6 +276,19 @@ class TestFibres(ProjectGaussiansProperties):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.triton_interpreted
+class TestTriton(ProjectGaussiansProperties):
+    backend = "triton"
+    slow = True
+    large = False
+
+
+@pytest.mark.gpu
+class TestTritonOnGpu(ProjectGaussiansProperties):
+    backend = "triton"
+    device = "cuda"
+
+
 @pytest.mark.gpu
 class TestCuda(ProjectGaussiansProperties):
     backend = "cuda"

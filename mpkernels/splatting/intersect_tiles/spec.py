@@ -164,8 +164,9 @@ _CASES = (
     Case("typical, boxes", _scene(150, width=100, height=70, boxes=True, tile_size=10)),
     Case("one pixel", _scene(40, width=1, height=1)),
     Case("a row of pixels", _scene(50, width=123, height=1, tile_size=5)),
-    Case("a column of pixels", _scene(50, width=1, height=67, tile_size=7)),
+    Case("a column of pixels", _scene(50, width=1, height=67, tile_size=1)),
     Case("tiles of one pixel", _scene(20, width=23, height=19, tile_size=1)),
+    Case("tiles of two pixels", _scene(300, width=60, height=50, tile_size=2)),
     Case("tiles of 64", _scene(60, width=150, height=140, largest=60.0, tile_size=64)),
     Case("a tile larger than the image", _scene(30, width=37, height=21, tile_size=1000)),
     Case("batch dimensions", _scene(2, 3, 31, width=70, height=40)),
@@ -186,7 +187,7 @@ _CASES = (
     Case("no images", _scene(0, 7, width=33, height=20)),
     Case("packed, no images", _changed(_packed(1), lambda a: a.update(n_images=0))),
     Case("many", _scene(5000, width=110, height=90, largest=9.0), large=True),
-    Case("many in many rows", _scene(1600, width=4, height=280, largest=900.0, tile_size=4), large=True),
+    Case("many in many rows", _scene(2200, width=4, height=280, largest=900.0, tile_size=4), large=True),
 )
 
 

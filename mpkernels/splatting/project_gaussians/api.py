@@ -136,10 +136,15 @@ def project_gaussians(
 
 def _pack(out: ProjectedGaussians) -> PackedGaussians:
     """The drawn ones of (B, C, N) alone."""
-    drawn = (out.radii > 0).any(-1)
-    batch_ids, camera_ids, gaussian_ids = drawn.nonzero(as_tuple=True)
-    index = drawn.flatten().nonzero()[:, 0]
-    return PackedGaussians(batch_ids, camera_ids, gaussian_ids, *(x.flatten(0, 2).index_select(0, index) for x in out))
+    cameras, count = out.depths.shape[1:]
+    index = (out.radii > 0).any(-1).flatten().nonzero()[:, 0]
+    image_ids = index // max(count, 1)
+    return PackedGaussians(
+        image_ids // max(cameras, 1),
+        image_ids % max(cameras, 1),
+        index % max(count, 1),
+        *(x.flatten(0, 2).index_select(0, index) for x in out),
+    )
 
 
 def _check_tensors(means, quats, scales, covars, opacities, viewmats, Ks) -> tuple[torch.Size, int, int]:

@@ -88,3 +88,5 @@ library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
+library.implement_triton(FORWARD, _TRITON, "forward")
+library.implement_triton(BACKWARD, _TRITON, "backward")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpkernels.spec import BadInput, Case, Cost, OpSpec, Workload
+from mpkernels.spec import BadInput, Case, Cost, OpSpec, TritonKernel, Workload
 from mpkernels.splatting.project_gaussians import api, eager, schema
 
 
@@ -264,6 +264,12 @@ def _cost(arguments: dict, backward: bool) -> Cost:
     return Cost(projected * 170, means.element_size() * (gaussians + projected * 7) + projected * 8)
 
 
+def _triton_kernels() -> tuple[TritonKernel, ...]:
+    from mpkernels.splatting.project_gaussians import triton
+
+    return triton.compiled_kernels()
+
+
 _BOTH = (torch.float32, torch.float64)
 
 SPECS = (
@@ -283,6 +289,7 @@ SPECS = (
         ),
         eager=eager.project_gaussians,
         cost=_cost,
+        triton_kernels=_triton_kernels,
         second_order=False,
         dtypes={"reference": _BOTH, "cpu": _BOTH, "fibres": _BOTH, "cuda": _BOTH, "triton": _BOTH},
     ),

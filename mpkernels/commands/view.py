@@ -90,7 +90,7 @@ def render(
     K = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], device=device)
     degree = math.isqrt(gaussians["colors"].shape[1]) - 1
     colours, _, _ = splatting.rasterization(
-        **gaussians,
+        *(gaussians[name] for name in ("means", "quats", "scales", "opacities", "colors")),
         viewmats=viewmat[None].to(device),
         Ks=K[None],
         width=width,

@@ -127,6 +127,7 @@ class OpProperties:
                 name, recorded, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static")
             )
 
+    @pytest.mark.once
     def test_compiles_whole(self, op, smooth_case):
         """torch.compile(fullgraph=True), forward and backward, equals eager."""
         if self.backend == "reference" or not op.differentiable:

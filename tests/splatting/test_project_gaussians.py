@@ -113,7 +113,7 @@ class ProjectGaussiansProperties(OpProperties):
 
     @pytest.mark.parametrize("name", ["hard Gaussians", "hard cameras", "antialiased", "not positive covariances"])
     def test_culled_gaussians_get_no_gradient(self, name):
-        for dtype in (torch.float32, torch.float64):
+        for dtype in (torch.float32,) if self.slow else (torch.float32, torch.float64):
             arguments = self.arguments(name, dtype)
             names = [
                 n for n in ("means", "quats", "scales", "covars", "viewmats", "Ks") if arguments.get(n) is not None
@@ -166,6 +166,30 @@ class ProjectGaussiansProperties(OpProperties):
         wanted = project_gaussians(**wide, backend="reference").compensations
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=0)
 
+    def test_only_what_is_asked_for_is_differentiated(self):
+        """Gradients to the Gaussians alone, or to the cameras alone, equal those of both; some outputs unused."""
+        arguments = self.arguments("two cameras")
+        names = ("means", "quats", "scales", "viewmats", "Ks")
+
+        def gradients(wanted, pick):
+            leaves = [arguments[n].detach().clone().requires_grad_() for n in wanted]
+            out = self.project(**(arguments | dict(zip(wanted, leaves, strict=True))))
+            return dict(zip(wanted, torch.autograd.grad(pick(out), leaves, materialize_grads=True), strict=True))
+
+        for pick, wanted in (
+            (lambda o: o.conics.sum(), names[:3]),
+            (lambda o: o.compensations.sum(), names[3:]),
+            (lambda o: o.means2d.sum(), names[:1]),
+            (lambda o: (o.depths * o.depths).sum() + o.conics.sum(), names[4:]),
+        ):
+            every = gradients(names, pick)
+            for name, x in gradients(wanted, pick).items():
+                torch.testing.assert_close(x, every[name])
+
+
+class CallProperties(ProjectGaussiansProperties):
+    """What comes from how every backend is called; run on those that take little time."""
+
     def test_packed_is_what_is_drawn_in_order(self):
         arguments = self.arguments("batch dimensions")
         arguments["means"][0, 1, 2] = torch.nan
@@ -215,29 +239,13 @@ class ProjectGaussiansProperties(OpProperties):
         with pytest.raises(RuntimeError, match="second derivatives"):
             torch.autograd.grad(gradient.sum(), means)
 
-    def test_only_what_is_asked_for_is_differentiated(self):
-        """Gradients to the Gaussians alone, or to the cameras alone, equal those of both; some outputs unused."""
-        arguments = self.arguments("two cameras")
-        names = ("means", "quats", "scales", "viewmats", "Ks")
 
-        def gradients(wanted, pick):
-            leaves = [arguments[n].detach().clone().requires_grad_() for n in wanted]
-            out = self.project(**(arguments | dict(zip(wanted, leaves, strict=True))))
-            return dict(zip(wanted, torch.autograd.grad(pick(out), leaves, materialize_grads=True), strict=True))
-
-        for pick in (lambda o: o.conics.sum(), lambda o: o.compensations.sum(), lambda o: o.means2d.sum()):
-            every = gradients(names, pick)
-            for wanted in (names[:3], names[3:], names[:1], names[4:]):
-                for name, x in gradients(wanted, pick).items():
-                    torch.testing.assert_close(x, every[name])
-
-
-class TestReference(ProjectGaussiansProperties):
+class TestReference(CallProperties):
     backend = "reference"
     large = False
 
 
-class TestCpu(ProjectGaussiansProperties):
+class TestCpu(CallProperties):
     backend = "cpu"
 
     def test_one_two_and_three_threads_are_bit_equal(self):
@@ -257,7 +265,7 @@ class TestCpu(ProjectGaussiansProperties):
             assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
-class TestFibres(ProjectGaussiansProperties):
+class TestFibres(CallProperties):
     """The CUDA kernels, a fibre per thread, on the CPU."""
 
     backend = "fibres"
@@ -282,6 +290,12 @@ class TestTriton(ProjectGaussiansProperties):
     slow = True
     large = False
 
+    @classmethod
+    def cases(cls, op):
+        """Without those that only repeat others: a program takes the interpreter some 20 ms."""
+        repeat = ("two cameras", "covars", "matrices of covariances", "odd sizes", "a pixel", "opacities", "expanded")
+        return [case for case in super().cases(op) if case.name not in repeat]
+
 
 @pytest.mark.gpu
 class TestTritonOnGpu(ProjectGaussiansProperties):
@@ -290,13 +304,13 @@ class TestTritonOnGpu(ProjectGaussiansProperties):
 
 
 @pytest.mark.gpu
-class TestCuda(ProjectGaussiansProperties):
+class TestCuda(CallProperties):
     backend = "cuda"
     device = "cuda"
 
 
 @pytest.mark.gpu
-class TestReferenceOnGpu(ProjectGaussiansProperties):
+class TestReferenceOnGpu(CallProperties):
     backend = "reference"
     device = "cuda"
     large = False

@@ -155,6 +155,35 @@ class TestFibres(KernelProperties):
     slow = True
     large = False
 
+    @pytest.mark.parametrize("name", ["typical", "a feature vector of 19"])
+    def test_order_of_threads_changes_no_bit(self, name, monkeypatch):
+        arguments = self.arguments(name)
+        leaves = [arguments[n].requires_grad_() for n in ("means2d", "conics", "colors", "opacities", "backgrounds")]
+        found = []
+        for order in ("forward", "reverse", "random:1"):
+            monkeypatch.setenv("MPKERNELS_FIBRES_ORDER", order)
+            image = self.draw(arguments, absgrad=True)
+            gradients = torch.autograd.grad(image.colors.square().sum() + image.alphas.sum(), leaves)
+            found.append([*image, *gradients, arguments["means2d"].absgrad])
+        for others in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+    @pytest.mark.parametrize("name", ["typical", "a feature vector of 19"])
+    def test_gradients_that_are_not_finite_stay_with_what_their_pixel_shows(self, name):
+        arguments = self.arguments(name)
+        leaves = {n: arguments[n].clone().requires_grad_() for n in ("means2d", "conics", "colors", "opacities")}
+        image = self.draw(arguments | leaves)
+        of_colors = torch.ones_like(image.colors)
+        plain = torch.autograd.grad(image.colors, list(leaves.values()), of_colors, retain_graph=True)
+        of_colors[..., 3, 4, :] = torch.nan
+        changed = torch.autograd.grad(image.colors, list(leaves.values()), of_colors)
+        shown = (
+            alphas_at(torch.tensor([[4.5, 3.5]]), *(arguments[n] for n in ("means2d", "conics", "opacities")))[0] > 0
+        )
+        for without, beside in zip(plain, changed, strict=True):
+            assert torch.equal(without[~shown], beside[~shown])
+            assert beside[shown].isnan().any()
+
 
 @pytest.mark.gpu
 class TestCuda(KernelProperties):

@@ -91,8 +91,9 @@ def intersect_tiles(
     if (conics is None) != (opacities is None):
         missing, given = ("opacities", "conics") if opacities is None else ("conics", "opacities")
         raise ValueError(f"{missing}: expected a tensor, because {given} are given, got None")
+    checks.tensor("depths", depths)
     for name, x, last in (("depths", depths, ()), ("conics", conics, (3,)), ("opacities", opacities, ())):
-        if x is not None or name == "depths":
+        if x is not None:
             checks.same_kind(name, x, "means2d", means2d)
             checks.shape(name, x, (*lead, *last), "the Gaussians of means2d")
     for name, x, least in (

@@ -30,12 +30,14 @@ def intersect_tiles(
     grid = torch.tensor([columns, rows], device=device)
     reach = radii.to(means2d.dtype)
     kept = (radii > 0).all(-1) & means2d.isfinite().all(-1)
+    ellipses = None
     if conics is not None and opacities is not None:
         a, b, c = conics.reshape(-1, 3).unbind(-1)
         o = opacities.reshape(-1)
         det = a * c - b * b
         slack = 1e-4 + 2.0**-21 * (a * c / det)
         level = 2 * (torch.log(255 * o) * (1 + slack) + slack)
+        ellipses = torch.stack([a, b, c, det, level], dim=-1)
         reach = torch.stack([c, a], dim=-1).mul((level / det)[:, None]).sqrt() + 1
         kept &= o >= 1 / 255
     first = ((means2d - reach) / tile_size).floor().nan_to_num().clamp(min=0).minimum(grid).long()
@@ -46,8 +48,8 @@ def intersect_tiles(
     place = torch.arange(ids.shape[0], device=device) - (counts.cumsum(0) - counts)[ids]
     column, row = first[ids, 0] + place % extent[ids, 0], first[ids, 1] + place // extent[ids, 0]
 
-    if conics is not None:
-        a, b, det, level, slope = a[ids], b[ids], det[ids], level[ids], (b / a)[ids]
+    if ellipses is not None:
+        a, b, c, det, level = ellipses[ids].unbind(-1)
         x, y = means2d[ids].unbind(-1)
         top = row * tile_size + 0.5 - y
         bottom = (row * tile_size + tile_size).clamp(max=height) - 0.5 - y
@@ -55,10 +57,10 @@ def intersect_tiles(
         right = (column * tile_size + tile_size).clamp(max=width) - 0.5 - x
         highest = (level * a / det).sqrt()
         meets = (top <= highest) & (bottom >= -highest)
-        dy = (-b * (level / (c[ids] * det)).sqrt()).maximum(top).minimum(bottom)
-        furthest = -slope * dy + ((level - det / a * dy * dy).clamp(min=0) / a).sqrt()
-        dy = (b * (level / (c[ids] * det)).sqrt()).maximum(top).minimum(bottom)
-        nearest = -slope * dy - ((level - det / a * dy * dy).clamp(min=0) / a).sqrt()
+        dy = (-b * (level / (c * det)).sqrt()).maximum(top).minimum(bottom)
+        furthest = -b / a * dy + ((level - det / a * dy * dy).clamp(min=0) / a).sqrt()
+        dy = (b * (level / (c * det)).sqrt()).maximum(top).minimum(bottom)
+        nearest = -b / a * dy - ((level - det / a * dy * dy).clamp(min=0) / a).sqrt()
         meets &= (left <= furthest) & (right >= nearest)
         ids, row, column = ids[meets], row[meets], column[meets]
 

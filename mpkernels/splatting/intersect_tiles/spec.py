@@ -187,7 +187,7 @@ _CASES = (
     Case("no images", _scene(0, 7, width=33, height=20)),
     Case("packed, no images", _changed(_packed(1), lambda a: a.update(n_images=0))),
     Case("many", _scene(5000, width=110, height=90, largest=9.0), large=True),
-    Case("many in many rows", _scene(2200, width=4, height=280, largest=900.0, tile_size=4), large=True),
+    Case("many in many rows", _scene(2200, width=4, height=280, largest=900.0, tile_size=4)),
 )
 
 

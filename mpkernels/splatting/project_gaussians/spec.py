@@ -187,7 +187,7 @@ _CASES = (
     Case("both clamps", _changed(_scene(6), _at_the_edges), second_order=True),
     Case("covars", _scene(5, covars=1)),
     Case("ortho", _scene(5, 2, camera_model="ortho")),
-    Case("several tiles", _scene(600, 2)),
+    Case("several tiles", _scene(300, 2)),
     Case("antialiased", _changed(_scene(9, opacities=True, antialiased=True), _opacities)),
     Case("batch dimensions", _scene(5, 2, lead=(2, 3), opacities=True)),
     Case("matrices of covariances", _scene(37, 2, covars=2, opacities=True)),

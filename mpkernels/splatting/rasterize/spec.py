@@ -132,8 +132,12 @@ _hyperbola = _set("conics", (0, 2), torch.tensor([-0.02, 0.01, 0.03], dtype=torc
 
 _CASES = (
     Case("one Gaussian", _scene(1, 9, 7), second_order=True),
-    Case("small tiles, two images", _scene(3, 9, 6, images=(2,), tile_size=4, spread=(1.0, 3.0)), second_order=True),
-    Case("five channels", _scene(4, 5, 9, channels=5, tile_size=8, background=False), second_order=True),
+    Case(
+        "small tiles, two images",
+        _scene(2, 6, 5, images=(2,), tile_size=4, spread=(1.0, 3.0)),
+        second_order=True,
+    ),
+    Case("five channels", _scene(2, 5, 9, channels=5, tile_size=8, background=False), second_order=True),
     Case("typical", _scene(60, 37, 29)),
     Case("one channel", _scene(30, 20, 17, channels=1)),
     Case("four channels, batch dimensions", _scene(20, 19, 18, images=(2, 1), channels=4)),

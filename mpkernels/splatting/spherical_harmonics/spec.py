@@ -69,10 +69,10 @@ def _without_direction(arguments) -> None:
 
 
 def _nan_where_masked(arguments) -> None:
-    """NaN in all that no unmasked colour needs."""
+    """NaN in all that no unmasked colour needs; some directions stay, so that their coefficients alone are NaN."""
     dead = ~arguments["masks"]
     dirs = arguments["dirs"].clone()
-    dirs[dead] = torch.nan
+    dirs[dead & (torch.arange(dead.shape[1], device=dead.device) % 3 > 0)] = torch.nan
     coeffs = arguments["coeffs"].clone()
     coeffs[dead.all(0)] = torch.nan
     arguments["dirs"], arguments["coeffs"] = dirs, coeffs

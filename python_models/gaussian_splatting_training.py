@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mpkernels import splatting
 from python_models import scenes
+from python_models.plane_sweep import shrink
 from python_models.scenes import Scene
 
 SH_BAND0 = 0.28209479177387814  # 1 / (2 sqrt(pi)): the constant spherical harmonic
@@ -43,6 +44,8 @@ SSIM_SHARE = 0.2
 REFINE_UNTIL = 0.5  # share of the budget in which the default strategy adds and removes Gaussians
 RELOCATE_UNTIL = 0.8  # share of the budget in which MCMC does
 EVALUATE_EVERY = 0.1  # share of the budget between two evaluations, each with a checkpoint
+COARSE_UNTIL, COARSE = 0.25, 2  # share of the budget in which photographs are trained on at 1/COARSE of their size
+COARSE_LEAST = 100  # pixels of the shorter side, below which photographs are always trained on as they are
 SH_DEGREE_EVERY = 1000  # steps after which spherical harmonics get one degree more
 MCMC_OPACITY, MCMC_SCALE = 0.01, 0.01  # weights of the mean opacity and size in the loss (Kheradmand 2024)
 SSIM_BORDER = 5  # pixels at which SSIM's window of 11 reaches over the edge
@@ -292,23 +295,29 @@ class Trainer:
             self.order = [self.scene.train[i] for i in drawn]
         return self.order.pop()
 
-    def _target(self, view: int) -> tuple[Tensor, Tensor | None]:
-        mask = self.scene.masks[view]
-        return scenes.as_float(self.scene.images[view].to(self.device)), None if mask is None else mask.to(self.device)
+    def _target(self, view: int, factor: int = 1) -> tuple[Tensor, Tensor | None]:
+        """A photograph (height, width, 3) averaged over squares of pixels, and where all of a square is seen."""
+        image, mask = scenes.as_float(self.scene.images[view].to(self.device)), self.scene.masks[view]
+        mask = None if mask is None else mask.to(self.device)
+        if factor > 1:
+            image = shrink(image, factor)
+            mask = None if mask is None else shrink(mask[..., None].float(), factor)[..., 0] == 1
+        return image, mask
 
-    def render(self, view: int, **settings: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """A view of the scene as the Gaussians show it now."""
-        height, width = self.scene.images[view].shape[:2]
+    def render(self, view: int, factor: int = 1) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """A view of the scene as the Gaussians show it now, at 1/factor of the photograph's size."""
+        height, width = (size // factor for size in self.scene.images[view].shape[:2])
+        K = self.Ks[view].clone()
+        K[:2] /= factor
         return render(
             self.gaussians,
             self.viewmats[view],
-            self.Ks[view],
+            K,
             width,
             height,
             sh_degree=self.sh_degree,
             background=self.background,
             backend=self.settings.backend,
-            **settings,
         )
 
     def train_step(self) -> float:
@@ -317,8 +326,10 @@ class Trainer:
         means_rate = RATES["means"] * self.scene.scale * MEANS_RATE_END**spent
         self.optimizers["means"].param_groups[0]["lr"] = means_rate
         view = self._next_view()
-        target, mask = self._target(view)
-        picture, _, info = self.render(view)
+        small = min(self.scene.images[view].shape[:2]) < COARSE_LEAST
+        factor = COARSE if spent < COARSE_UNTIL and not small else 1
+        target, mask = self._target(view, factor)
+        picture, _, info = self.render(view, factor)
         self.strategy.step_pre_backward(self.gaussians, self.optimizers, self.state, self.step, info)
         loss = photometric_loss(picture, target, mask, self.settings.backend)
         if self.settings.strategy == "mcmc":

@@ -279,7 +279,7 @@ def test_resuming_nothing_is_refused(folder, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_training(folder):
     trainer = Trainer(scenes.load_scene(folder), FEW, Budget(10), CPU)
-    trainer._target = lambda view: (torch.full((SIZE, SIZE, 3), math.nan), None)
+    trainer._target = lambda view, factor: (torch.full((SIZE, SIZE, 3), math.nan), None)
     with pytest.raises(FloatingPointError, match="the loss of step 0 is nan"):
         trainer.train_step()
 

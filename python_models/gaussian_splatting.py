@@ -27,6 +27,7 @@ from torch import Tensor
 
 import mpkernels
 from mpkernels import splatting
+from python_models import gaussian_splatting_basics as basics
 from python_models import gaussian_splatting_stereo as stereo
 from python_models import gaussian_splatting_training as training
 from python_models.plane_sweep import StereoPair, load_motorcycle
@@ -79,14 +80,14 @@ def fit(
     def view(number: int) -> Tensor:
         height, width = pair.disparity.shape
         K, viewmat = cameras.Ks[number], cameras.viewmats[number]
-        return training.render(gaussians, viewmat, K, width, height, sh_degree=0, eps2d=STEREO_BLUR, backend=backend)[0]
+        return basics.render(gaussians, viewmat, K, width, height, sh_degree=0, eps2d=STEREO_BLUR, backend=backend)[0]
 
     def figures(right: Tensor) -> dict[str, float]:
         return {
-            "psnr_right": training.psnr(right, pair.right),
-            "ssim_right": training.ssim(right, pair.right, backend=backend),
-            "psnr_right_seen_by_left": training.psnr(right, pair.right, ~holes),
-            "psnr_right_unseen_by_left": training.psnr(right, pair.right, holes),
+            "psnr_right": basics.psnr(right, pair.right),
+            "ssim_right": basics.ssim(right, pair.right, backend=backend),
+            "psnr_right_seen_by_left": basics.psnr(right, pair.right, ~holes),
+            "psnr_right_unseen_by_left": basics.psnr(right, pair.right, holes),
         }
 
     with torch.no_grad():
@@ -103,7 +104,7 @@ def fit(
         "gaussians": len(gaussians["means"]),
         "share_unseen_by_left": holes.float().mean().item(),
         "steps_done": len(losses),
-        "figures": figures(right) | {"psnr_left": training.psnr(left, pair.left)},
+        "figures": figures(right) | {"psnr_left": basics.psnr(left, pair.left)},
         "figures_before_fitting": before,
         "baseline_warped_by_disparity": figures(warped),
         "loss": {"first": losses[0], "last": losses[-1]} if losses else {},
@@ -141,7 +142,7 @@ def _fit_left(
     started = time.perf_counter()
     try:
         for step in range(steps):
-            loss = training.photometric_loss(view_left(), photograph, None, backend)
+            loss = basics.photometric_loss(view_left(), photograph, None, backend)
             loss = loss + SIZE_LOSS * (gaussians["scales"] - first_sizes).square().mean()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -152,7 +153,7 @@ def _fit_left(
                 report = {"step": step + 1, "steps": steps, "loss": losses[-1]}
                 if step % 20 == 0 or step + 1 == steps:
                     with torch.no_grad():
-                        report["psnr_held_out"] = training.psnr(view_right(), right)
+                        report["psnr_held_out"] = basics.psnr(view_right(), right)
                 report["seconds_left"] = (time.perf_counter() - started) / (step + 1) * (steps - step - 1)
                 progress(report)
     except KeyboardInterrupt:
@@ -176,7 +177,7 @@ def _stereo_pictures(
         ("unseen", "Unseen by the left camera", "White: no left pixel of known disparity lands there.", masked),
     ]
     for name, _, _, picture in shown:
-        training.save_picture(output / f"{name}.png", picture)
+        basics.save_picture(output / f"{name}.png", picture)
     return [{"file": f"{name}.png", "title": title, "caption": caption} for name, title, caption, _ in shown]
 
 
@@ -250,13 +251,13 @@ def run_image(
     picture, _ = fit_image(image, gaussians=gaussians, steps=steps, seed=seed, progress=progress)
     seconds = time.perf_counter() - started
     output.mkdir(parents=True, exist_ok=True)
-    training.save_picture(output / "image.png", image, picture)
+    basics.save_picture(output / "image.png", image, picture)
     caption = f"The photograph, and {gaussians} Gaussians fitted to it."
     result = {
         "model": "gaussian_splatting",
         "data": f"{'astronaut (scikit-image)' if path is None else path.name} at {image.shape[1]}x{image.shape[0]}",
         "settings": {"gaussians": gaussians, "steps": steps, "seed": seed},
-        "figures": {"psnr": training.psnr(picture, image), "ssim": training.ssim(picture, image)},
+        "figures": {"psnr": basics.psnr(picture, image), "ssim": basics.ssim(picture, image)},
         "pictures": [{"file": "image.png", "title": "One photograph", "caption": caption}],
         "timings": {"fit_seconds": seconds, "seconds_per_step": seconds / max(steps, 1)},
     }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from python_models.gaussian_splatting_training import SH_BAND0
+from python_models.gaussian_splatting_basics import SH_BAND0
 from python_models.plane_sweep import BASELINE, FOCAL, PRINCIPAL_POINT_SHIFT, StereoPair, shrink_pair
 
 CENTRE = (311.193, 254.877)  # principal point of the left camera, pixels of the 741x500 photographs

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mpkernels import splatting
 from python_models import gaussian_splatting, scenes
+from python_models import gaussian_splatting_basics as basics
 from python_models import gaussian_splatting_stereo as stereo
 from python_models import gaussian_splatting_training as training
 from python_models.gaussian_splatting_training import Budget, Settings, Trainer
@@ -40,7 +41,7 @@ def folder(tmp_path_factory):
     (path / "images").mkdir()
     generator = torch.Generator().manual_seed(5)
     points = torch.rand(30, 3, generator=generator) * 2 - 1
-    true = training.initial_gaussians(
+    true = basics.initial_gaussians(
         points, torch.rand(30, 3, generator=generator), sh_degree=0, largest=0.2, opacity=0.9
     )
     frames = []
@@ -49,8 +50,8 @@ def folder(tmp_path_factory):
         pose = orbit(angle)
         viewmat = torch.from_numpy(np.linalg.inv(pose)).float()
         with torch.no_grad():
-            picture = training.render(true, viewmat, K, SIZE, SIZE, sh_degree=0)[0]
-        training.save_picture(path / f"images/{number}.png", picture)
+            picture = basics.render(true, viewmat, K, SIZE, SIZE, sh_degree=0)[0]
+        basics.save_picture(path / f"images/{number}.png", picture)
         matrix = (pose @ np.diag([1.0, -1, -1, 1])).tolist()
         frames.append({"file_path": f"images/{number}.png", "transform_matrix": matrix})
     camera = {"fl_x": 30, "fl_y": 30, "cx": SIZE / 2, "cy": SIZE / 2, "w": SIZE, "h": SIZE, "aabb_scale": 1}
@@ -151,6 +152,32 @@ def test_rates_fall_and_degrees_rise_with_the_budget(folder, monkeypatch):
     assert trainer.spent == 1
 
 
+def test_photographs_are_small_at_first(folder, monkeypatch):
+    monkeypatch.setattr(training, "COARSE_LEAST", 1)
+    trainer = Trainer(scenes.load_scene(folder), FEW, Budget(4), CPU)
+    sizes = []
+    monkeypatch.setattr(
+        training, "photometric_loss", lambda p, t, *rest: (sizes.append((p.shape, t.shape)), p.mean())[1]
+    )
+    for _ in range(4):
+        trainer.train_step()
+    assert sizes == [((SIZE // 2, SIZE // 2, 3),) * 2] + [((SIZE, SIZE, 3),) * 2] * 3
+
+
+def test_a_small_view_is_the_large_one_averaged(folder):
+    trainer = Trainer(scenes.load_scene(folder), FEW, Budget(4), CPU)
+    mask = torch.ones(SIZE, SIZE, dtype=torch.bool)
+    mask[3, 5] = False
+    trainer.scene.masks[1] = mask
+    large, small = (trainer.render(1, factor)[0] for factor in (1, 2))
+    averaged = large.reshape(SIZE // 2, 2, SIZE // 2, 2, 3).mean(dim=(1, 3))
+    assert (small - averaged).abs().mean() < 0.1 * (small - averaged.flip(1)).abs().mean()
+    target, seen = trainer._target(1, 2)
+    full = trainer._target(1)[0]
+    assert torch.allclose(target[4, 7], full[8:10, 14:16].mean(dim=(0, 1)))
+    assert (~seen).nonzero().tolist() == [[1, 2]]
+
+
 def test_minutes_end_training(folder, tmp_path):
     result = training.train(folder, output=tmp_path, minutes=0.01, settings=FEW)
     assert result["steps_done"] > 0
@@ -179,10 +206,10 @@ def test_masked_pixels_have_no_influence(folder):
         trainer = Trainer(masked, FEW, Budget(20), CPU)
         target, seen = trainer._target(1)
         picture = torch.rand(SIZE, SIZE, 3, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        training.photometric_loss(picture, target, seen).backward()
+        basics.photometric_loss(picture, target, seen).backward()
         assert (picture.grad[~mask] == 0).all()
         assert (picture.grad[mask] != 0).any()
-        figures.append(training.psnr(picture.detach(), target, seen))
+        figures.append(basics.psnr(picture.detach(), target, seen))
     assert figures[0] == figures[1]
 
 
@@ -190,14 +217,14 @@ def test_loss_is_four_fifths_of_l1_and_a_fifth_of_ssim():
     picture, target = torch.rand(2, 20, 22, 3, generator=torch.Generator().manual_seed(0))
     similarity = splatting.ssim(picture.permute(2, 0, 1)[None], target.permute(2, 0, 1)[None])
     expected = 0.8 * (picture - target).abs().mean() + 0.2 * (1 - similarity)
-    assert torch.allclose(training.photometric_loss(picture, target, None), expected)
-    assert training.ssim(target, target) == pytest.approx(1)
-    assert training.psnr(target + 0.1 * (0.5 - target).sign(), target) == pytest.approx(20, abs=1e-3)
+    assert torch.allclose(basics.photometric_loss(picture, target, None), expected)
+    assert basics.ssim(target, target) == pytest.approx(1)
+    assert basics.psnr(target + 0.1 * (0.5 - target).sign(), target) == pytest.approx(20, abs=1e-3)
 
 
 @pytest.mark.parametrize(("cap", "grown"), [(3, []), (4, []), (5, [2]), (6, [1, 2]), (7, [0, 1, 2]), (99, [0, 1, 2])])
 def test_the_cap_lets_the_highest_gradients_grow(cap, grown):
-    made = training.initial_gaussians(torch.rand(4, 3), torch.rand(4, 3), sh_degree=0, largest=1e-3)
+    made = basics.initial_gaussians(torch.rand(4, 3), torch.rand(4, 3), sh_degree=0, largest=1e-3)
     optimizers = {name: torch.optim.Adam([value]) for name, value in made.items()}
     strategy = training.CappedStrategy(grow_grad2d=0.5)
     strategy.cap = cap
@@ -211,12 +238,12 @@ def test_the_cap_lets_the_highest_gradients_grow(cap, grown):
 
 def test_gaussians_start_as_large_as_their_neighbours_are_away():
     points = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 2], [50, 0, 0]])
-    made = training.initial_gaussians(points, torch.rand(5, 3), sh_degree=2, largest=10.0)
+    made = basics.initial_gaussians(points, torch.rand(5, 3), sh_degree=2, largest=10.0)
     assert made["scales"].exp()[0].tolist() == pytest.approx([math.sqrt(3)] * 3)
     assert made["scales"].exp()[4].tolist() == pytest.approx([10] * 3)
     assert made["shN"].shape == (5, 8, 3)
     assert torch.sigmoid(made["opacities"]).tolist() == pytest.approx([0.1] * 5)
-    assert len(training.initial_gaussians(points[:1], torch.rand(1, 3), sh_degree=0, largest=1.0)["means"]) == 1
+    assert len(basics.initial_gaussians(points[:1], torch.rand(1, 3), sh_degree=0, largest=1.0)["means"]) == 1
 
 
 def test_points_of_the_scene_are_taken_up_to_the_cap(folder):
@@ -399,8 +426,8 @@ def test_one_picture(tmp_path):
     start, _ = gaussian_splatting.fit_image(image, gaussians=60, steps=0)
     picture, params = gaussian_splatting.fit_image(image, gaussians=60, steps=60, progress=reports.append)
     assert picture.shape == image.shape
-    assert training.psnr(picture, image) > training.psnr(start, image) + 5
-    assert training.psnr(picture, image) > 20
+    assert basics.psnr(picture, image) > basics.psnr(start, image) + 5
+    assert basics.psnr(picture, image) > 20
     assert len(params["means"]) == 60
     assert reports[-1]["step"] == 60
     again, _ = gaussian_splatting.fit_image(image, gaussians=60, steps=60)

@@ -171,7 +171,7 @@ def test_a_small_view_is_the_large_one_averaged(folder):
     trainer.scene.masks[1] = mask
     large, small = (trainer.render(1, factor)[0] for factor in (1, 2))
     averaged = large.reshape(SIZE // 2, 2, SIZE // 2, 2, 3).mean(dim=(1, 3))
-    assert (small - averaged).abs().mean() < 0.1 * (small - averaged.flip(1)).abs().mean()
+    assert (small - averaged).abs().mean() < 0.4 * (small - averaged.flip(1)).abs().mean()
     target, seen = trainer._target(1, 2)
     full = trainer._target(1)[0]
     assert torch.allclose(target[4, 7], full[8:10, 14:16].mean(dim=(0, 1)))

@@ -1,4 +1,4 @@
-"""The command line: ``mpkernels info | validate | bench | demo | report``. Arguments only; the work is in commands/.
+"""The command line: ``mpkernels info | validate | bench | demo | view | report``. Arguments only: see commands/.
 
 Exit status: 0 all is well, 1 something is wrong (a failing check, a backend that was named and cannot run),
 2 bad usage, 130 interrupted with Ctrl-C (after printing what was done so far).
@@ -155,6 +155,22 @@ def demo(
 
     settings = {"steps": steps, "planes": planes, "device": device, "backend": backend, "seed": seed}
     return command.run(name, settings, output=output, as_json=json)
+
+
+@app.command()
+def view(
+    file: Annotated[Path, typer.Argument(help="Gaussians: a .ply file as viewers of 3DGS read it.")],
+    port: Annotated[int, typer.Option(help="Of the page on this machine.")] = 8080,
+    device: Device = None,
+    backend: Annotated[str | None, typer.Option(help="Of the rasterizer; chosen by device if not given.")] = None,
+) -> int:
+    """Show Gaussians in the browser, rendered by our own rasterizer (needs viser: pip install viser)."""
+    from mpkernels.commands import machine
+    from mpkernels.commands import view as command
+
+    if device is not None:
+        terminal.choices("--device", [device], machine.devices())
+    return command.run(file, port=port, backend=backend, device=device)
 
 
 @app.command()

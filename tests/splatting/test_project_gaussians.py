@@ -146,10 +146,11 @@ class ProjectGaussiansProperties(OpProperties):
         assert not gradient[:3].any()
 
     def test_a_depth_or_a_conic_that_overflows_is_culled(self):
-        arguments = self.on_axis([[0.0, 0, 1e308]], far_plane=torch.inf)
-        assert self.project(**arguments).radii.any()
-        arguments["viewmats"] = arguments["viewmats"] * 10
-        assert not self.project(**arguments).radii.any()
+        for model in ("pinhole", "ortho"):
+            arguments = self.on_axis([[0.0, 0, 1e308]], far_plane=torch.inf, camera_model=model)
+            assert self.project(**arguments).radii.any()
+            arguments["viewmats"] = arguments["viewmats"] * 10
+            assert not self.project(**arguments).radii.any()
         arguments = self.on_axis([[0.0, 0, 2]] * 2, eps2d=0.0)
         arguments["scales"] = arguments["scales"].new_tensor([[1e-156, 1e10, 1], [1e10, 1e-156, 1]])
         assert not self.project(**arguments).radii.any()
@@ -281,6 +282,18 @@ class TestFibres(CallProperties):
     backend = "fibres"
     slow = True
     large = False
+
+    def test_no_order_of_threads_changes_a_bit(self, monkeypatch):
+        arguments = self.arguments("several tiles")
+        names = ("means", "quats", "scales", "viewmats", "Ks")
+        leaves = [arguments[name].requires_grad_() for name in names]
+        found = []
+        for order in ("forward", "reverse", "random:1", "random:2"):
+            monkeypatch.setenv("MPKERNELS_FIBRES_ORDER", order)
+            out = self.project(**arguments)
+            found.append([*out, *torch.autograd.grad(sum(x.pow(2).sum() for x in out[1:]), leaves)])
+        for others in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
     def test_many_tiles_are_summed(self):
         """More tiles of 256 Gaussians than the sum over tiles has strides."""

@@ -319,6 +319,21 @@ class TestTriton(ProjectGaussiansProperties):
         repeat = ("two cameras", "covars", "matrices of covariances", "odd sizes", "a pixel", "opacities", "expanded")
         return [case for case in super().cases(op) if case.name not in repeat]
 
+    @pytest.mark.parametrize("tiles", [1, 64, 135])
+    def test_sums_of_cameras(self, tiles):
+        """The second kernel alone: so many programs of the first would take the interpreter seconds."""
+        from mpkernels.splatting.project_gaussians import triton, triton_kernels
+
+        of_tiles = torch.rand(2, tiles, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        of_viewmats, of_Ks = torch.full((2, 3, 4, 4), torch.nan).double(), torch.full((2, 3, 3, 3), torch.nan).double()
+        triton_kernels.sum_cameras[(6,)](of_tiles, of_viewmats, of_Ks, 3, tiles, STRIDES=triton._STRIDES)
+        sums = of_tiles.sum(1)
+        viewmats, Ks = torch.zeros(2, 3, 4, 4).double(), torch.zeros(2, 3, 3, 3).double()
+        viewmats[..., :3, :3], viewmats[..., :3, 3] = sums[..., :9].unflatten(-1, (3, 3)), sums[..., 9:12]
+        Ks[..., 0, 0], Ks[..., 1, 1], Ks[..., 0, 2], Ks[..., 1, 2] = sums[..., 12:].unbind(-1)
+        torch.testing.assert_close(of_viewmats, viewmats)
+        torch.testing.assert_close(of_Ks, Ks)
+
 
 @pytest.mark.gpu
 class TestTritonOnGpu(ProjectGaussiansProperties):

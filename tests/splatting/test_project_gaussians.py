@@ -146,10 +146,11 @@ class ProjectGaussiansProperties(OpProperties):
         assert not gradient[:3].any()
 
     def test_a_depth_or_a_conic_that_overflows_is_culled(self):
-        arguments = self.on_axis([[0.0, 0, 1e308]], far_plane=torch.inf)
-        assert self.project(**arguments).radii.any()
-        arguments["viewmats"] = arguments["viewmats"] * 10
-        assert not self.project(**arguments).radii.any()
+        for model in ("pinhole", "ortho"):
+            arguments = self.on_axis([[0.0, 0, 1e308]], far_plane=torch.inf, camera_model=model)
+            assert self.project(**arguments).radii.any()
+            arguments["viewmats"] = arguments["viewmats"] * 10
+            assert not self.project(**arguments).radii.any()
         arguments = self.on_axis([[0.0, 0, 2]] * 2, eps2d=0.0)
         arguments["scales"] = arguments["scales"].new_tensor([[1e-156, 1e10, 1], [1e10, 1e-156, 1]])
         assert not self.project(**arguments).radii.any()
@@ -282,6 +283,18 @@ class TestFibres(CallProperties):
     slow = True
     large = False
 
+    def test_no_order_of_threads_changes_a_bit(self, monkeypatch):
+        arguments = self.arguments("several tiles")
+        names = ("means", "quats", "scales", "viewmats", "Ks")
+        leaves = [arguments[name].requires_grad_() for name in names]
+        found = []
+        for order in ("forward", "reverse", "random:1", "random:2"):
+            monkeypatch.setenv("MPKERNELS_FIBRES_ORDER", order)
+            out = self.project(**arguments)
+            found.append([*out, *torch.autograd.grad(sum(x.pow(2).sum() for x in out[1:]), leaves)])
+        for others in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
     def test_many_tiles_are_summed(self):
         """More tiles of 256 Gaussians than the sum over tiles has strides."""
         arguments = self.on_axis([[0.0, 0, 2]] * (256 * 33 + 1))
@@ -305,6 +318,21 @@ class TestTriton(ProjectGaussiansProperties):
         """Without those that only repeat others: a program takes the interpreter some 20 ms."""
         repeat = ("two cameras", "covars", "matrices of covariances", "odd sizes", "a pixel", "opacities", "expanded")
         return [case for case in super().cases(op) if case.name not in repeat]
+
+    @pytest.mark.parametrize("tiles", [1, 64, 135])
+    def test_sums_of_cameras(self, tiles):
+        """The second kernel alone: so many programs of the first would take the interpreter seconds."""
+        from mpkernels.splatting.project_gaussians import triton, triton_kernels
+
+        of_tiles = torch.rand(2, tiles, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        of_viewmats, of_Ks = torch.full((2, 3, 4, 4), torch.nan).double(), torch.full((2, 3, 3, 3), torch.nan).double()
+        triton_kernels.sum_cameras[(6,)](of_tiles, of_viewmats, of_Ks, 3, tiles, STRIDES=triton._STRIDES)
+        sums = of_tiles.sum(1)
+        viewmats, Ks = torch.zeros(2, 3, 4, 4).double(), torch.zeros(2, 3, 3, 3).double()
+        viewmats[..., :3, :3], viewmats[..., :3, 3] = sums[..., :9].unflatten(-1, (3, 3)), sums[..., 9:12]
+        Ks[..., 0, 0], Ks[..., 1, 1], Ks[..., 0, 2], Ks[..., 1, 2] = sums[..., 12:].unbind(-1)
+        torch.testing.assert_close(of_viewmats, viewmats)
+        torch.testing.assert_close(of_Ks, Ks)
 
 
 @pytest.mark.gpu

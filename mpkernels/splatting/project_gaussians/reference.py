@@ -124,7 +124,7 @@ def _compensation(cov0: Tensor, det: Tensor) -> Tensor:
 def _extent(m, means2d, cov0, cov, det, Ks, opacities, s: Settings) -> tuple[Tensor, Tensor]:
     """Radii (B, C, N, 2), as real numbers, and what is drawn (B, C, N)."""
     depth = m[..., 2]
-    drawn = (depth >= s.near_plane) & (depth <= s.far_plane) & (det > 0)
+    drawn = (depth >= s.near_plane) & (depth <= s.far_plane) & depth.isfinite() & (det > 0)
     drawn &= ((Ks[..., 0, 0] != 0) & (Ks[..., 1, 1] != 0))[..., None]
     conics = torch.stack([cov[..., 1, 1], cov[..., 0, 1], cov[..., 0, 0]], -1) / det[..., None]
     for x in (means2d, cov.flatten(-2), conics):

@@ -176,9 +176,11 @@ def _expanded(arguments: dict) -> None:
 
 def _not_positive(arguments: dict) -> None:
     """Covariances that are not positive on the image: det before the blur is 0 or below."""
+    _camera_on_axis(arguments)
+    arguments["means"] = arguments["means"] + arguments["means"].new_tensor([0, 0, 4])
     arguments["covars"] = arguments["covars"].clone()
     arguments["covars"][0::3] = 0
-    arguments["covars"][1::3] = arguments["covars"].new_tensor([0.02, 0, 0, -1e-4, 0, 0.02])
+    arguments["covars"][1::3] = arguments["covars"].new_tensor([0.02, 0, 0, -1e-4, 0, 0])
 
 
 _CASES = (

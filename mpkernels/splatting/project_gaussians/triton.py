@@ -127,8 +127,8 @@ def backward(
     def gradient(like: Tensor | None, needed: bool) -> Tensor:
         return like.new_empty(like.shape) if needed and like is not None else means.new_empty((0,))
 
-    of_gaussians = tuple(gradient(x, needs_gaussians) for x in (means, quats, scales, covars))
-    of_cameras = tuple(gradient(x, needs_cameras) for x in (viewmats, Ks))
+    of_means, of_quats, of_scales, of_covars = (gradient(x, needs_gaussians) for x in (means, quats, scales, covars))
+    of_viewmats, of_Ks = (gradient(x, needs_cameras) for x in (viewmats, Ks))
     of_tiles = means.new_empty((batches, tiles, cameras, 16)) if needs_cameras else None
     _launch(
         kernels.project_backward,
@@ -145,7 +145,10 @@ def backward(
         covars,
         viewmats,
         Ks,
-        *of_gaussians,
+        of_means,
+        of_quats,
+        of_scales,
+        of_covars,
         of_tiles,
         cameras,
         n,
@@ -165,8 +168,18 @@ def backward(
         BLOCK=_BLOCK,
     )
     if needs_cameras:
-        _launch(kernels.sum_cameras, batches * cameras, means, of_tiles, *of_cameras, cameras, tiles, STRIDES=_STRIDES)
-    return (*of_gaussians, *of_cameras)
+        _launch(
+            kernels.sum_cameras,
+            batches * cameras,
+            means,
+            of_tiles,
+            of_viewmats,
+            of_Ks,
+            cameras,
+            tiles,
+            STRIDES=_STRIDES,
+        )
+    return of_means, of_quats, of_scales, of_covars, of_viewmats, of_Ks
 
 
 def compiled_kernels() -> tuple[TritonKernel, ...]:

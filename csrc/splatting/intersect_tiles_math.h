@@ -72,10 +72,10 @@ template <typename V>
 MPKERNELS_HOST_DEVICE inline TileRange<V> tiles_between(V low, V high, double pixels, double tiles,
                                                         double inverse_size) {
   using A = Arithmetic<V>;
-  const V from = within<V>((low + 0.5) * inverse_size, V{}, V{} + tiles);  // on an edge: the tile in front has low
+  const V from = within<V>((low + 0.5) * inverse_size, V{}, V{} + tiles);
   const V to = within<V>((high - 0.5) * inverse_size, V{}, V{} + (tiles - 1));
   const auto meets = (low <= pixels - 0.5) & (high >= V{} + 0.5);
-  return {A::maximum(-whole<V>(-from) - 1, V{}), A::select(meets, whole<V>(to) + 1, V{})};
+  return {whole<V>(from), A::select(meets, whole<V>(to) + 1, V{})};
 }
 
 // |dy| <= height, q <= level / 2.

@@ -1,6 +1,7 @@
 """What tile intersection promises, on every backend."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -133,6 +134,25 @@ class IntersectTilesProperties(OpProperties):
             self.intersect(**arguments), intersect_tiles(**arguments, backend="reference"), strict=True
         ):
             assert torch.equal(got.cpu(), wanted)
+
+    @pytest.mark.parametrize("elongation", [1.0, 100.0])
+    def test_slack(self, elongation):
+        """A disc, and a tilted needle, that reach the next tile's pixel centres with 0.9 of the slack, and with 1.1."""
+        shear = (1 - elongation**-2) ** 0.5  # ac/det = elongation^2
+        slack = 1e-4 + 2.0**-21 * elongation**2
+        for part, tiles in ((0.9, 2), (1.1, 1)):
+            least = math.log(255) * (1 + part * slack) + part * slack  # det/c dx^2 / 2, at dx = 8.5
+            a = 2 * least / 8.5**2 * elongation**2
+            found = self.intersect(
+                means2d=torch.tensor([[8.0, 12.0]], dtype=torch.float64),
+                radii=torch.full((1, 2), 50, dtype=torch.int32),
+                depths=torch.ones(1, dtype=torch.float64),
+                conics=torch.tensor([[a, a * shear, a]], dtype=torch.float64),
+                opacities=torch.ones(1, dtype=torch.float64),
+                width=32,
+                height=16,
+            )
+            assert found.tiles_per_gauss.tolist() == [tiles]
 
     def test_ellipses_are_in_fewer_tiles_than_boxes(self):
         arguments = spec.find("intersect_tiles").case("needles").arguments(torch.float32)

@@ -178,6 +178,13 @@ def test_a_small_view_is_the_large_one_averaged(folder):
     assert (~seen).nonzero().tolist() == [[1, 2]]
 
 
+def test_every_training_view_comes_before_one_comes_again(folder):
+    trainer = Trainer(scenes.load_scene(folder), FEW, Budget(4), CPU)
+    first, second = ([trainer._next_view() for _ in trainer.scene.train] for _ in range(2))
+    assert sorted(first) == sorted(second) == trainer.scene.train
+    assert first != second
+
+
 def test_minutes_end_training(folder, tmp_path):
     result = training.train(folder, output=tmp_path, minutes=0.01, settings=FEW)
     assert result["steps_done"] > 0

@@ -31,7 +31,7 @@ struct GaussianGradients {
 
 // A warp a Gaussian: a lane a value of a row, and as many rows side by side as fit.
 template <typename T>
-__global__ void __launch_bounds__(most_threads)
+__global__ void __launch_bounds__(most_threads, 1)
     sum_rows_kernel(const Gaussians<T> gaussians,        // M of them
                     const Rows<T> in,                    // (rows, values)
                     const int32_t* __restrict__ order,   // (rows,) sorted by Gaussian

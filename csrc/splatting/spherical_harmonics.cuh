@@ -137,7 +137,7 @@ struct Weights {
 };
 
 template <typename T, int degree>
-__global__ void __launch_bounds__(threads_per_block<T>) backward_kernel(const Problem<T> in,
+__global__ void __launch_bounds__(threads_per_block<T>, 1) backward_kernel(const Problem<T> in,
                                                                         const T* grad,  // (B, C, N, 3)
                                                                         T* of_dirs,     // (B, C, N, 3) or null
                                                                         T* of_coeffs,   // (B, N, K, 3) or null

@@ -171,6 +171,14 @@ class IntersectTilesProperties(OpProperties):
             utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
             torch.library.opcheck(name, recorded, test_utils=utils)
 
+    @pytest.mark.parametrize("name", ["every second one unusable", "every second box unusable"])
+    def test_what_is_not_usable_is_not_listed(self, name):
+        arguments = spec.find("intersect_tiles").case(name).arguments(torch.float32)
+        tiles = self.intersect(**arguments).tiles_per_gauss
+        unusable = len(tiles) // 2 if "one" in name else 10  # boxes know nothing of conics and opacities
+        assert (tiles[0 : 2 * unusable : 2] == 0).all()
+        assert (tiles[1::2] > 0).all()
+
     def test_no_gradient_is_asked_for(self):
         arguments = spec.find("intersect_tiles").case("a few").arguments(torch.float32, self.device)
         arguments["means2d"].requires_grad_()

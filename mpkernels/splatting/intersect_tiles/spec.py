@@ -86,17 +86,21 @@ def _changed(make, change):
     return changed
 
 
+_UNUSABLE = (
+    *(("means2d", axis, value) for axis in (0, 1) for value in (math.nan, math.inf, -math.inf)),
+    *(("radii", axis, value) for axis in (0, 1) for value in (0, -5)),
+    *(("conics", entry, value) for entry in (0, 1, 2) for value in (math.nan, math.inf, -math.inf)),
+    *(("conics", entry, value) for entry in (0, 2) for value in (0.0, -1.0)),
+    *(("opacities", ..., value) for value in (math.nan, math.inf, -1.0, 0.0, 0.99999 / 255)),
+)
+_USABLE = [((i * 7) % 60 + 0.5, (i * 11) % 40 + 0.5, 3.0, 2.0, i, 0.8) for i in range(2 * len(_UNUSABLE))]
+
+
 def _unusable(arguments: Arguments) -> None:
-    """What is no number, or no ellipse, in every second Gaussian; the others stay."""
-    bad = (float("nan"), float("inf"), -float("inf"))
-    for i, value in enumerate(bad):
-        arguments["means2d"][2 * i, 0] = value
-        arguments["means2d"][2 * i + 6, 1] = value
-        arguments["conics"][2 * i + 12, i] = value
-        arguments["opacities"][2 * i + 18] = value
-    arguments["conics"][24, 0], arguments["conics"][26, 2] = 0, -1
-    arguments["opacities"][28], arguments["opacities"][30] = 0.99 / 255, -1
-    arguments["radii"][32, 0], arguments["radii"][34, 1], arguments["radii"][36] = 0, 0, -5
+    """Every second Gaussian is given what is no number, or no ellipse; the others stay."""
+    for i, (name, entry, value) in enumerate(_UNUSABLE):
+        if name in arguments:
+            arguments[name][2 * i, entry] = value
 
 
 def _depths(*values: float):
@@ -178,7 +182,8 @@ _CASES = (
     Case("far away", _few(_FAR, width=64, height=48)),
     Case("huge radii", _few(_FAR, width=64, height=48, radii=10**9, boxes=True)),
     Case("opacities above 1", _few([(40, 30, 6, 4, 0.3, 30.0), (9, 9, 3, 3, 0.0, 1.5)], width=80, height=64)),
-    Case("nothing usable in between", _changed(_scene(40, width=60, height=40, largest=9.0), _unusable)),
+    Case("every second one unusable", _changed(_few(_USABLE, width=60, height=40), _unusable)),
+    Case("every second box unusable", _changed(_few(_USABLE, width=60, height=40, boxes=True), _unusable)),
     Case("equal depths", _changed(_TYPICAL, _depths(2.5, 1.5, 2.5))),
     Case("extreme depths", _changed(_TYPICAL, _depths(0.0, 1e-40, 1e30, float("inf"), 1.0, 1.0000001, -1.0))),
     Case("everything culled", _changed(_TYPICAL, lambda a: a["radii"].zero_())),

@@ -20,8 +20,8 @@ void draw_tile(const Scene<T>& s, const Tile<T>& tile, const Images<T>& out) {
   const int64_t channels = C > 0 ? C : s.channels;
   const int64_t vectors = tile.vectors();
   thread_local Scratch<T> scratch;
-  // of every pixel: transmittance (0 once the pixel has ended), and, where it has ended, the transmittance and the place
-  // in the list in front of which it did; colors
+  // of every pixel: transmittance (0 once the pixel has ended), and, where it has ended, the transmittance and the
+  // place in the list in front of which it did; colors
   Vector<T>* transmittance = scratch.vectors((3 + channels) * vectors + (vectors + 7) / 8);
   Vector<T>* ended_at = transmittance + vectors;
   auto* last = reinterpret_cast<Mask<T>*>(ended_at + vectors);

@@ -138,10 +138,10 @@ struct Weights {
 
 template <typename T, int degree>
 __global__ void __launch_bounds__(threads_per_block<T>, 1) backward_kernel(const Problem<T> in,
-                                                                        const T* grad,  // (B, C, N, 3)
-                                                                        T* of_dirs,     // (B, C, N, 3) or null
-                                                                        T* of_coeffs,   // (B, N, K, 3) or null
-                                                                        int64_t blocks) {
+                                                                           const T* grad,  // (B, C, N, 3)
+                                                                           T* of_dirs,     // (B, C, N, 3) or null
+                                                                           T* of_coeffs,   // (B, N, K, 3) or null
+                                                                           int64_t blocks) {
   constexpr int K = terms<degree>;
   MPKERNELS_DYNAMIC_SHARED(T, rows);
   __shared__ bool needed[threads_per_block<T>];

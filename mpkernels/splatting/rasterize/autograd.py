@@ -59,13 +59,14 @@ class _Rasterize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_colors, grad_alphas, *_):
+    def backward(ctx, *gradients):
+        grad_colors, grad_alphas, *_ = gradients
         *tensors, render_colors, transmittances, last = ctx.saved_tensors
         width, height, tile_size, absgrad, backend = ctx.settings
         if grad_colors is None and grad_alphas is None:
             return (None,) * 13
         needs_backgrounds = ctx.needs_input_grad[4]
-        *gradients, of_backgrounds, absolute = backends.call(backend, schema.BACKWARD)(
+        *found, of_backgrounds, absolute = backends.call(backend, schema.BACKWARD)(
             contiguous(grad_colors),
             contiguous(grad_alphas),
             *_flat(*tensors),
@@ -80,5 +81,5 @@ class _Rasterize(torch.autograd.Function):
         )
         if absgrad:
             tensors[0].absgrad = absolute.reshape(tensors[0].shape)  # gsplat's place for it
-        found = [x.reshape(like.shape) for x, like in zip(gradients, tensors[:4], strict=True)]
+        found = [x.reshape(like.shape) for x, like in zip(found, tensors[:4], strict=True)]
         return *found, (of_backgrounds if needs_backgrounds else None), *(None,) * 8

@@ -90,7 +90,7 @@ def _scene(
 _PER_GAUSSIAN = ("means2d", "conics", "colors", "opacities")
 
 
-def _set(name: str, index, value: float):
+def _set(name: str, index, value: float | Tensor):
     def change(arguments: dict) -> None:
         arguments[name][index] = value
 

@@ -59,7 +59,7 @@ class _Rasterize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_colors, grad_alphas, *_ = gradients
         *tensors, render_colors, transmittances, last = ctx.saved_tensors
         width, height, tile_size, absgrad, backend = ctx.settings

@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(most_threads, 1)
       continue;
     }
     const T* conic = gaussians.conics + 3 * id;
-    T* to = out.absolute + 2 * id + (lane - geometric_sums);
-    T gradient = total * ln_2<T>;  // the scale of a staged conic
+    T* to;
+    T gradient;
     if (lane == of_v) {
       to = out.opacities + id;
       gradient = total / gaussians.opacities[id];
@@ -74,6 +74,9 @@ __global__ void __launch_bounds__(most_threads, 1)
     } else if (lane < geometric_sums) {
       to = out.conics + 3 * id + (lane - of_v_dxx);
       gradient = lane == of_v_dxy ? -total : T(-0.5) * total;
+    } else {
+      to = out.absolute + 2 * id + (lane - geometric_sums);
+      gradient = total * ln_2<T>;  // the scale of a staged conic
     }
     *to = end > begin ? gradient : T(0);  // what is not drawn may be anything
   }

@@ -1,18 +1,22 @@
 // Rasterization of projected Gaussians on the CPU, forward and backward.
 //
-//   on a pixel, with d = mean - centre:   sigma_i = (a dx^2 + c dy^2) / 2 + b dx dy   alpha_i = min(0.999, o
-//   exp(-sigma_i)) color = sum_i T_i alpha_i c_i + T background,   T_i = prod_{j<i} (1 - alpha_j)
+//   sigma_i = (a dx^2 + c dy^2) / 2 + b dx dy, with d = mean - centre of the pixel
+//   alpha_i = min(0.999, o exp(-sigma_i))
+//   color   = sum_i T_i alpha_i c_i + T background, with T_i = prod_{j<i} (1 - alpha_j)
 //
 // (Kerbl et al. 2023, "3D Gaussian Splatting", eq. 3), without Gaussians of o exp(-sigma) < 1/255, up to the first that
 // would leave T <= 1e-4. Shapes: mpkernels/splatting/rasterize/schema.py. The backward walks a tile's list from the
-// end; with g = dL/dcolor and B_i = sum_{j>i} T_j alpha_j (g . c_j) + T (g . background - dL/dalpha_out):
+// end. With g = dL/dcolor, what lies behind, B_i = sum_{j>i} T_j alpha_j (g . c_j) + T (g . background -
+// dL/dalpha_out), and v_i = -dL/dsigma_i:
 //
-//   dL/dalpha_i = T_i (g . c_i) - B_i / (1 - alpha_i)     T_i = T_{i+1} / (1 - alpha_i)     v_i = -dL/dsigma_i =
-//   alpha_i dL/dalpha_i of c: sum T_i alpha_i g     of o: sum v / o     of mean: -(a, b; b, c) sum v d     of (a, b,
-//   c): -sum v (dx^2/2, dx dy, dy^2/2)
+//   T_i          = T_{i+1} / (1 - alpha_i)
+//   dL/dalpha_i  = T_i (g . c_i) - B_i / (1 - alpha_i)
+//   v_i          = alpha_i dL/dalpha_i, 0 where alpha was cut to 0.999
+//   dL/dc        = sum T_i alpha_i g               dL/do       = sum v / o
+//   dL/dmean     = -(a, b; b, c) sum v d           dL/d(a,b,c) = -sum v (dx^2 / 2, dx dy, dy^2 / 2)
 //
-// with sums over pixels. dx does not depend on the row, so the inner loop keeps only sums over rows of v, v dy and v
-// dy^2 and of the colors.
+// with sums over pixels. dx does not depend on the row, so the inner loop keeps only sums over rows of v, v dy, v dy^2
+// and of the colors.
 //
 // Decomposition: threads take tiles, a vector takes consecutive pixels of a row (with tiles of 16 and AVX-512: a whole
 // row). A Gaussian is evaluated on the rows of the tile that its ellipse can reach, not on the others. Gaussians are
@@ -21,10 +25,11 @@
 //
 // Backward: per entry (a Gaussian on a tile) one record of 6 + D sums (8 + D with absgrad), reduced over the vector's
 // lanes all at once; then each range of Gaussians walks all lists in order and adds its entries. No atomics: neither
-// the number of threads nor their order changes a bit. Against private copies of all gradients a thread, the records
-// cost n (6 + D) numbers of memory, but not threads x M (6 + D), and make the sums independent of the threads.
+// the number of threads nor their order changes a bit. (Private copies of all gradients a thread would cost threads x
+// M (6 + D) numbers instead of n (6 + D), and tie the sums to the number of threads.)
 //
-// Bytes: forward 4 (9 + D) a Gaussian, 4 + a cache line an entry, 4 (3 + D) a pixel; backward twice the records beside.
+// Bytes, float32, both passes: 4 (6 + D) read and 64 written a Gaussian (its record), 68 read an entry, 4 (3 + D) a
+// pixel; backward also 4 (6 + D) written and read an entry, and as many written a Gaussian.
 #include "splatting/rasterize_backward.h"
 #include "splatting/rasterize_forward.h"
 

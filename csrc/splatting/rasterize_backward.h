@@ -57,8 +57,8 @@ void differentiate_tile(const Scene<T>& s, int64_t index, const Gradients<T>& g)
   const int64_t channels = C > 0 ? C : s.channels;
   const int64_t vectors = tile.vectors();
   thread_local Scratch<T> scratch;
-  // of every pixel: transmittance behind the entry at hand, what lies behind it weighted by the gradient, the place of
-  // its last Gaussian, gradient of its colors
+  // of every pixel: transmittance behind the entry at hand, what lies behind it weighted by the gradient, the place in
+  // the list from which on nothing is drawn, gradient of its colors
   Vector<T>* transmittance =
       scratch.vectors((3 + channels) * vectors + channels + (vectors * 8 + sizeof(Vector<T>)) / sizeof(Vector<T>));
   Vector<T>* behind = transmittance + vectors;

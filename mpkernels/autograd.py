@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,3 +29,21 @@ def forward_mode() -> bool:
 def contiguous(x: Tensor | None) -> Tensor | None:
     """``x.contiguous()``, for arguments that may be missing."""
     return None if x is None else x.contiguous()
+
+
+def fold(batch: int, in_dims: Sequence, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """For a Function's vmap: a mapped dimension as more of the first one, (V, N, ...) -> (V N, ...)."""
+    return [None if x is None else x.flatten(0, 1) for x in mapped_first(batch, in_dims, tensors)]
+
+
+def mapped_first(batch: int, in_dims: Sequence, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Every tensor with the mapped dimension in front, those without one expanded: (V, N, ...)."""
+    return [
+        None if x is None else x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(tensors, in_dims, strict=True)
+    ]
+
+
+def unfold(x: Tensor, batch: int) -> Tensor:
+    """What :func:`fold` did, undone: (V N, ...) -> (V, N, ...)."""
+    return x.unflatten(0, (batch, x.shape[0] // batch))

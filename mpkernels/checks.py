@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+SINGLE_AND_DOUBLE = (torch.float32, torch.float64)
+MOST_PROGRAMS = 2**31 - 1
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -22,6 +24,19 @@ def floating(name: str, value: torch.Tensor) -> None:
         raise TypeError(
             f"{name}: expected a floating-point tensor (float32, float64, bfloat16, float16), got {value.dtype}"
         )
+
+
+def single_or_double(name: str, value: torch.Tensor) -> None:
+    """Raises TypeError unless ``value`` is a tensor of float32 or float64."""
+    tensor(name, value)
+    if value.dtype not in SINGLE_AND_DOUBLE:
+        raise TypeError(f"{name}: expected float32 or float64, got {value.dtype}")
+
+
+def programs(op: str, count: int) -> None:
+    """Raises ValueError where a grid of ``count`` programs is more than a GPU starts."""
+    if count > MOST_PROGRAMS:
+        raise ValueError(f"{op}: expected at most {MOST_PROGRAMS} programs, got {count}")
 
 
 def same_kind(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:

@@ -10,6 +10,7 @@
 //
 // Bytes a Gaussian, float32, one camera: forward 40 read and 36 written; backward 76 read and 40 written.
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/tensor.h"
 #include "common/vector.h"
 #include "splatting/project_gaussians_interleaved.h"
@@ -213,18 +214,6 @@ struct Gradients {
   T* of_covars;
   T* of_cameras;  // (B, pieces, C, 16), or null
 };
-
-// Memory of a thread, kept between calls.
-template <typename T>
-T* scratch(int64_t size) {
-  thread_local std::unique_ptr<T[]> memory;
-  thread_local int64_t capacity = 0;
-  if (size > capacity) {
-    memory.reset(new T[static_cast<size_t>(size)]);
-    capacity = size;
-  }
-  return memory.get();
-}
 
 template <bool COVARS, bool CAMERA, typename T>
 void differentiate_piece(const Input<T>& in, int64_t batch, int64_t piece, int64_t begin, int64_t end,

@@ -56,11 +56,10 @@ void differentiate_tile(const Scene<T>& s, int64_t index, const Gradients<T>& g)
   const Tile<T> tile(s, index);
   const int64_t channels = C > 0 ? C : s.channels;
   const int64_t vectors = tile.vectors();
-  thread_local Scratch<T> scratch;
   // of every pixel: transmittance behind the entry at hand, what lies behind it weighted by the gradient, the place in
   // the list from which on nothing is drawn, gradient of its colors
-  Vector<T>* transmittance =
-      scratch.vectors((3 + channels) * vectors + channels + (vectors * 8 + sizeof(Vector<T>)) / sizeof(Vector<T>));
+  const int64_t held = (3 + channels) * vectors + channels + (vectors * 8 + sizeof(Vector<T>)) / sizeof(Vector<T>);
+  auto* transmittance = reinterpret_cast<Vector<T>*>(scratch<T>(held * lanes<T>));
   Vector<T>* behind = transmittance + vectors;
   auto* last = reinterpret_cast<Mask<T>*>(behind + vectors);
   Vector<T>* grads = behind + 2 * vectors;                             // (D, columns, rows)

@@ -19,10 +19,10 @@ template <typename T, int C>
 void draw_tile(const Scene<T>& s, const Tile<T>& tile, const Images<T>& out) {
   const int64_t channels = C > 0 ? C : s.channels;
   const int64_t vectors = tile.vectors();
-  thread_local Scratch<T> scratch;
   // of every pixel: transmittance (0 once the pixel has ended), and, where it has ended, the transmittance and the
   // place in the list in front of which it did; colors
-  Vector<T>* transmittance = scratch.vectors((3 + channels) * vectors + (vectors + 7) / 8);
+  const int64_t held = (3 + channels) * vectors + (vectors + 7) / 8;
+  auto* transmittance = reinterpret_cast<Vector<T>*>(scratch<T>(held * lanes<T>));
   Vector<T>* ended_at = transmittance + vectors;
   auto* last = reinterpret_cast<Mask<T>*>(ended_at + vectors);
   Vector<T>* colors = ended_at + 2 * vectors;                                   // (D, columns, rows)

@@ -4,13 +4,13 @@
 
 #include "common/lane_mask.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/tensor.h"
 #include "splatting/constants.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 
 namespace mpkernels {
 namespace rasterize {
@@ -215,25 +215,6 @@ template <typename T>
 MPKERNELS_INLINE Vector<T> cut(Vector<T> alpha) {
   return alpha > alpha_max<T> ? broadcast<T>(alpha_max<T>) : alpha;
 }
-
-// Memory of a thread, kept between tiles and calls, aligned for vectors.
-template <typename T>
-class Scratch {
- public:
-  // `count` vectors, contents arbitrary
-  Vector<T>* vectors(int64_t count) {
-    const size_t bytes = static_cast<size_t>(count) * sizeof(Vector<T>) + 64;
-    if (bytes > capacity_) {
-      memory_.reset(new unsigned char[bytes]);
-      capacity_ = bytes;
-    }
-    return reinterpret_cast<Vector<T>*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
-  }
-
- private:
-  std::unique_ptr<unsigned char[]> memory_;
-  size_t capacity_ = 0;
-};
 
 // How far ahead of its use a Gaussian is fetched: they lie in no order.
 constexpr int64_t entries_ahead = 6;

@@ -19,13 +19,13 @@
 //
 // Bytes a number, float32: forward 8 read (and 4 written for a map), backward 8 read (12) and 8 written.
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/tensor.h"
 #include "common/vector.h"
 #include "splatting/ssim_math.h"
 #include "splatting/ssim_window.h"
 
 #include <algorithm>
-#include <memory>
 #include <tuple>
 
 namespace mpkernels {
@@ -35,18 +35,6 @@ namespace {
 constexpr int64_t tile_rows = 64;
 constexpr int64_t tile_columns = 512;
 constexpr int most_compiled = 11;  // the window size that is compiled in
-
-// Memory of a thread, kept between tiles and calls.
-template <typename T>
-T* scratch(int64_t size) {
-  thread_local std::unique_ptr<T[]> memory;
-  thread_local int64_t capacity = 0;
-  if (size > capacity) {
-    memory.reset(new T[static_cast<size_t>(size)]);
-    capacity = size;
-  }
-  return memory.get();
-}
 
 template <typename T>
 struct Problem {

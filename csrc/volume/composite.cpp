@@ -21,11 +21,11 @@
 //
 // Bytes a sample, float32 RGB: forward 24 read and 4 written, backward 24 read and 16 written (24 with gradients to t).
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/tensor.h"
 #include "common/vector.h"
 
 #include <limits>
-#include <memory>
 #include <tuple>
 
 namespace mpkernels {
@@ -204,18 +204,6 @@ MPKERNELS_INLINE void each_of(std::integer_sequence<int, I...>, const F& f) {
 template <int C, typename F>
 MPKERNELS_INLINE void each(const F& f) {
   each_of(std::make_integer_sequence<int, C>{}, f);
-}
-
-// Memory of a thread, kept between rays and calls.
-template <typename T>
-T* scratch(int64_t size) {
-  thread_local std::unique_ptr<T[]> memory;
-  thread_local int64_t capacity = 0;
-  if (size > capacity) {
-    memory.reset(new T[static_cast<size_t>(size)]);
-    capacity = size;
-  }
-  return memory.get();
 }
 
 template <typename S>

@@ -80,9 +80,7 @@ def intersect_tiles(
         >>> lists.flatten_ids, lists.isect_offsets
         (tensor([1, 0, 1], dtype=torch.int32), tensor([[0, 2]]))
     """
-    checks.tensor("means2d", means2d)
-    if means2d.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"means2d: expected float32 or float64, got {means2d.dtype}")
+    checks.single_or_double("means2d", means2d)
     if means2d.dim() < 2 or means2d.shape[-1] != 2:
         raise ValueError(f"means2d: expected shape (..., N, 2) or (nnz, 2), got {tuple(means2d.shape)}")
     lead = means2d.shape[:-1]

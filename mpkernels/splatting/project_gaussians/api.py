@@ -149,9 +149,7 @@ def _pack(out: ProjectedGaussians) -> PackedGaussians:
 
 def _check_tensors(means, quats, scales, covars, opacities, viewmats, Ks) -> tuple[torch.Size, int, int]:
     """Returns the batch dimensions, N and C."""
-    checks.tensor("means", means)
-    if means.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"means: expected float32 or float64, got {means.dtype}")
+    checks.single_or_double("means", means)
     if means.dim() < 2 or means.shape[-1] != 3:
         raise ValueError(f"means: expected shape (..., N, 3), got {tuple(means.shape)}")
     lead, n = means.shape[:-2], means.shape[-2]

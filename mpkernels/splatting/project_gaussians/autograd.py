@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import contiguous, differentiated
+from mpkernels.autograd import contiguous, differentiated, fold, unfold
 from mpkernels.splatting.project_gaussians import schema
 
 TENSORS = 7  # means, quats, scales, covars, opacities, viewmats, Ks
@@ -26,21 +26,6 @@ def _forward(*arguments) -> tuple[Tensor, ...]:
     *arguments, backend = arguments
     tensors = (contiguous(x) for x in arguments[:TENSORS])
     return backends.call(backend, schema.FORWARD)(*tensors, *arguments[TENSORS:])
-
-
-def _fold(batch: int, in_dims, tensors) -> list[Tensor | None]:
-    """A vmapped dimension as more batches: (V, B, ...) -> (V B, ...)."""
-    folded: list[Tensor | None] = []
-    for x, dim in zip(tensors, in_dims, strict=True):
-        if x is not None:
-            x = x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
-            x = x.flatten(0, 1)
-        folded.append(x)
-    return folded
-
-
-def _unfold(x: Tensor, batch: int) -> Tensor:
-    return x.unflatten(0, (batch, x.shape[0] // batch))
 
 
 class _Project(torch.autograd.Function):
@@ -70,9 +55,9 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        tensors = _fold(info.batch_size, in_dims[:TENSORS], inputs[:TENSORS])
+        tensors = fold(info.batch_size, in_dims[:TENSORS], inputs[:TENSORS])
         out = _Project.apply(*tensors, *inputs[TENSORS:])
-        return tuple(_unfold(x, info.batch_size) for x in out), (0,) * 5
+        return tuple(unfold(x, info.batch_size) for x in out), (0,) * 5
 
 
 class _ProjectBackward(torch.autograd.Function):
@@ -129,10 +114,10 @@ class _ProjectBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        tensors = _fold(info.batch_size, in_dims[:11], inputs[:11])
+        tensors = fold(info.batch_size, in_dims[:11], inputs[:11])
         needs_gaussians, needs_cameras = inputs[-2:]
         found = _ProjectBackward.apply(*tensors, *inputs[11:])
         shaped = needs_gaussians and inputs[8] is None
         kept = (needs_gaussians, shaped, shaped, needs_gaussians and not shaped, needs_cameras, needs_cameras)
-        out = tuple(_unfold(x, info.batch_size) if keep else x for x, keep in zip(found, kept, strict=True))
+        out = tuple(unfold(x, info.batch_size) if keep else x for x, keep in zip(found, kept, strict=True))
         return out, tuple(0 if keep else None for keep in kept)

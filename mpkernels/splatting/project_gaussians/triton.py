@@ -12,12 +12,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from mpkernels import checks
 from mpkernels.spec import TritonKernel
 from mpkernels.splatting.project_gaussians import triton_kernels as kernels
 
 _BLOCK = 128  # Gaussians a program, one a thread: the backward needs most of a thread's registers
 _STRIDES = 64  # programs summed side by side
-_MOST_PROGRAMS = 2**31 - 1
 
 
 def _halves(x: float) -> tuple[float, float]:
@@ -36,8 +36,7 @@ def _compute_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def _launch(kernel, programs: int, device_of: Tensor, *arguments, **settings) -> None:
-    if programs > _MOST_PROGRAMS:
-        raise ValueError(f"project_gaussians: expected at most {_MOST_PROGRAMS} programs, got {programs}")
+    checks.programs("project_gaussians", programs)
     if programs:
         with torch.cuda.device_of(device_of):
             kernel[(programs,)](*arguments, **settings, num_warps=_BLOCK // 32, num_stages=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mpkernels import backends, checks
@@ -39,9 +38,7 @@ def quat_scale_to_covar(
         >>> quat_scale_to_covar(torch.tensor([2.0, 0, 0, 0]), torch.tensor([1.0, 2, 3]), triu=True)
         tensor([1., 0., 0., 4., 0., 9.])
     """
-    checks.tensor("quats", quats)
-    if quats.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"quats: expected float32 or float64, got {quats.dtype}")
+    checks.single_or_double("quats", quats)
     if quats.dim() == 0 or quats.shape[-1] != 4:
         raise ValueError(f"quats: expected shape (..., 4), got {tuple(quats.shape)}")
     checks.same_kind("scales", scales, "quats", quats)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import differentiated
+from mpkernels.autograd import differentiated, fold, unfold
 from mpkernels.splatting.quat_scale_to_covar import schema
 
 
@@ -19,18 +19,6 @@ def run(quats: Tensor, scales: Tensor, inverse: bool, triu: bool, backend: str) 
 
 def _forward(quats, scales, inverse, triu, backend):
     return backends.call(backend, schema.FORWARD)(quats.contiguous(), scales.contiguous(), inverse, triu)
-
-
-def _fold(batch: int, in_dims, tensors) -> list[Tensor]:
-    """A vmapped dimension as more Gaussians: (V, N, ...) -> (V N, ...)."""
-    moved = (
-        x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, in_dims, strict=True)
-    )
-    return [x.flatten(0, 1) for x in moved]
-
-
-def _unfold(x: Tensor, batch: int) -> Tensor:
-    return x.unflatten(0, (batch, x.shape[0] // batch))
 
 
 class _Covar(torch.autograd.Function):
@@ -51,8 +39,8 @@ class _Covar(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        out = _Covar.apply(*_fold(info.batch_size, in_dims[:2], inputs[:2]), *inputs[2:])
-        return _unfold(out, info.batch_size), 0
+        out = _Covar.apply(*fold(info.batch_size, in_dims[:2], inputs[:2]), *inputs[2:])
+        return unfold(out, info.batch_size), 0
 
 
 class _CovarBackward(torch.autograd.Function):
@@ -74,5 +62,5 @@ class _CovarBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        found = _CovarBackward.apply(*_fold(info.batch_size, in_dims[:3], inputs[:3]), *inputs[3:])
-        return tuple(_unfold(x, info.batch_size) for x in found), (0, 0)
+        found = _CovarBackward.apply(*fold(info.batch_size, in_dims[:3], inputs[:3]), *inputs[3:])
+        return tuple(unfold(x, info.batch_size) for x in found), (0, 0)

@@ -242,9 +242,7 @@ def _refuse_unsupported(**features) -> None:
 
 def _check(means, opacities, colors, viewmats, sh_degree, backgrounds) -> tuple[tuple[int, ...], int]:
     """Checks what the steps do not; returns the batch dimensions and the number of cameras."""
-    checks.tensor("means", means)
-    if means.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"means: expected float32 or float64, got {means.dtype}")
+    checks.single_or_double("means", means)
     if means.dim() < 2 or means.shape[-1] != 3:
         raise ValueError(f"means: expected shape (..., N, 3), got {tuple(means.shape)}")
     lead, count = tuple(means.shape[:-2]), means.shape[-2]

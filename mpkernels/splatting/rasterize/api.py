@@ -82,9 +82,7 @@ def rasterize(
         >>> image.colors.shape, image.alphas.shape
         (torch.Size([16, 16, 3]), torch.Size([16, 16, 1]))
     """
-    checks.tensor("means2d", means2d)
-    if means2d.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"means2d: expected float32 or float64, got {means2d.dtype}")
+    checks.single_or_double("means2d", means2d)
     if means2d.dim() < 2 or means2d.shape[-1] != 2:
         raise ValueError(f"means2d: expected shape (..., N, 2) or (nnz, 2), got {tuple(means2d.shape)}")
     lead = means2d.shape[:-1]

@@ -55,9 +55,7 @@ def spherical_harmonics(
         raise TypeError(f"degree: expected an integer in [0, {DEGREE_MAX}], got {type(degree).__name__}")
     if not 0 <= degree <= DEGREE_MAX:
         raise ValueError(f"degree: expected an integer in [0, {DEGREE_MAX}], got {degree}")
-    checks.tensor("dirs", dirs)
-    if dirs.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dirs: expected float32 or float64, got {dirs.dtype}")
+    checks.single_or_double("dirs", dirs)
     if dirs.dim() == 0 or dirs.shape[-1] != 3:
         raise ValueError(f"dirs: expected shape (..., 3), got {tuple(dirs.shape)}")
     checks.same_kind("coeffs", coeffs, "dirs", dirs)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpkernels import checks
 from mpkernels.spec import TritonKernel
 from mpkernels.splatting.spherical_harmonics import triton_kernels as kernels
 
 _BLOCK, _WARPS = 128, 4  # a Gaussian a thread
-_MOST_PROGRAMS = 2**31 - 1
 
 
 def _launch(kernel, degree: int, dirs: Tensor, coeffs: Tensor, masks: Tensor | None, *tensors, **settings) -> None:
@@ -20,8 +20,7 @@ def _launch(kernel, degree: int, dirs: Tensor, coeffs: Tensor, masks: Tensor | N
     programs = batches * ((gaussians + _BLOCK - 1) // _BLOCK)
     if programs == 0 or cameras == 0:
         return
-    if programs > _MOST_PROGRAMS:
-        raise ValueError(f"spherical_harmonics: expected at most {_MOST_PROGRAMS} programs, got {programs}")
+    checks.programs("spherical_harmonics", programs)
     with torch.cuda.device_of(dirs):
         kernel[(programs,)](
             *tensors,

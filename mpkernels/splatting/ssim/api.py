@@ -60,9 +60,7 @@ def ssim(
         >>> ssim(image, image), ssim(image, image / 2, padding="valid", reduction="none").shape
         (tensor(1.), torch.Size([1, 3, 22, 38]))
     """
-    checks.tensor("image", image)
-    if image.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"image: expected float32 or float64, got {image.dtype}")
+    checks.single_or_double("image", image)
     if image.dim() not in (3, 4):
         raise ValueError(f"image: expected shape (B, C, H, W) or (C, H, W), got {tuple(image.shape)}")
     checks.same_kind("target", target, "image", image)

@@ -12,11 +12,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from mpkernels import checks
 from mpkernels.spec import TritonKernel
 from mpkernels.splatting.ssim import triton_kernels as kernels
 
 _ROWS, _COLUMNS, _TAPS, _WARPS = 16, 64, 16, 4  # 32 sums in the registers of a thread; twice as many spill
-_MOST_PROGRAMS = 2**31 - 1
 
 
 @functools.lru_cache(maxsize=32)
@@ -59,8 +59,7 @@ class _Problem:
         tiles = self.tiles(sizes)
         if tiles == 0:
             return
-        if tiles > _MOST_PROGRAMS:
-            raise ValueError(f"ssim: expected at most {_MOST_PROGRAMS} programs, got {tiles}")
+        checks.programs("ssim", tiles)
         with torch.cuda.device_of(self.image):
             kernel[(tiles,)](*tensors, *sizes, **self.settings, **settings, num_warps=_WARPS, num_stages=1)
 

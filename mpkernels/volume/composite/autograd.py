@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import contiguous, differentiated, forward_mode
+from mpkernels.autograd import contiguous, differentiated, forward_mode, mapped_first, unfold
 from mpkernels.volume.composite import derivative, schema
 
 
@@ -89,7 +89,7 @@ class _Composite(torch.autograd.Function):
     def vmap(info, in_dims, *inputs):
         tensors = _fold_batch(info.batch_size, in_dims[:6], inputs[:6], inputs[4] is not None)
         value, opacity, depth, weights = _pick(_Composite).apply(*tensors, *inputs[6:])
-        out = tuple(_unfold(x, info.batch_size) for x in (value, opacity, depth, weights))
+        out = tuple(unfold(x, info.batch_size) for x in (value, opacity, depth, weights))
         return out, (0, 0, 0, 0)
 
 
@@ -164,7 +164,7 @@ class _CompositeBackward(torch.autograd.Function):
             not inputs[14] or inputs[7] is None,
             not inputs[15] or inputs[9] is None,
         )
-        out = tuple(x if e else _unfold(x, info.batch_size) for x, e in zip(found, empty, strict=True))
+        out = tuple(x if e else unfold(x, info.batch_size) for x, e in zip(found, empty, strict=True))
         return out, tuple(None if e else 0 for e in empty)
 
 
@@ -234,11 +234,7 @@ _FORWARD_MODE = {_Composite: _CompositeForwardMode, _CompositeBackward: _Composi
 
 def _fold_batch(batch: int, in_dims, tensors, packed: bool, packed_at: int = 4) -> list[Tensor | None]:
     """Turns a vmapped dimension into more rays: (B, R, ...) -> (B R, ...), packed (B, N, ...) -> (B N, ...)."""
-    folded: list[Tensor | None] = []
-    for x, dim in zip(tensors, in_dims, strict=True):
-        if x is not None:
-            x = x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
-        folded.append(x)
+    folded = mapped_first(batch, in_dims, tensors)
     if packed:
         packed_info, densities = folded[packed_at], folded[packed_at - 4]
         assert packed_info is not None
@@ -247,7 +243,3 @@ def _fold_batch(batch: int, in_dims, tensors, packed: bool, packed_at: int = 4) 
         first = torch.arange(batch, device=packed_info.device) * samples
         folded[packed_at] = packed_info + torch.stack([first, torch.zeros_like(first)], dim=-1)[:, None, :]
     return [None if x is None else x.flatten(0, 1) for x in folded]
-
-
-def _unfold(x: Tensor, batch: int) -> Tensor:
-    return x.unflatten(0, (batch, x.shape[0] // batch))

@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from mpkernels import checks
 from mpkernels.spec import TritonKernel
 from mpkernels.volume.composite import triton_kernels as kernels
 
@@ -19,7 +20,6 @@ from mpkernels.volume.composite import triton_kernels as kernels
 _VALUES_A_THREAD = 32
 _MOST_WARPS = 4
 _CHANNEL_BLOCK = 32  # channels side by side in a warp: 64 to 128 contiguous bytes a sample
-_MOST_PROGRAMS = 2**31 - 1
 
 
 def _power_of_two(x: int) -> int:
@@ -111,9 +111,9 @@ class _Problem:
         if not self.rays:
             return
         programs = _blocks(self.rays, self.block_r) * parts
-        if programs > _MOST_PROGRAMS:
+        if programs > checks.MOST_PROGRAMS:
             raise ValueError(
-                f"composite: expected at most {_MOST_PROGRAMS} programs, got {programs} ({self.rays} rays)"
+                f"composite: expected at most {checks.MOST_PROGRAMS} programs, got {programs} ({self.rays} rays)"
             )
         with torch.cuda.device_of(self.inputs[0]):
             kernel[(programs,)](*arguments, **self.settings, **settings, num_warps=self.warps, num_stages=1)

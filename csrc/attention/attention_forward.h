@@ -25,6 +25,7 @@ class ForwardBlock {
   using S = typename Products::Element;
   using T = typename Products::T;
   using Packed = typename Products::Packed;
+  using Keys = typename Products::Keys;
 
  public:
   ForwardBlock(const Problem<S>& problem, int64_t b, int64_t h, int64_t block)
@@ -90,15 +91,16 @@ class ForwardBlock {
     const int64_t g = h_ / p_.group();
     const S* keys = p_.key.at(b_, g, at.key);
     const S* values = p_.value.at(b_, g, at.key);
-    Products::scores({keys, p_.key.row, at.count, p_.width, keys_}, packed_, at.count, rows_, p_.width, scores_);
+    const Keys tile = Keys::of(keys, p_.key.row, at.count, p_.width, KeyUse::scores, keys_);
+    Products::scores(tile, packed_, at.count, rows_, p_.width, static_cast<T>(p_.factor()), scores_);
     checked = finish_scores<T>(p_, at, checked, scores_, workspace_, static_cast<T*>(nullptr));
     exponentials(at.count);
     if (p_.dropout_p > 0) drop(at);
-    const typename Products::Keys tile(values, p_.value.row, at.count, p_.value_width, values_);
     if (checked && !all_finite(values, p_.value.row, at.count, p_.value_width)) {
       add_visible(values, at.count);
     } else {
-      Products::add_columns(tile, scores_, at.count, rows_, p_.value_width, sums_, factor_);
+      const Keys transposed = Keys::of(values, p_.value.row, at.count, p_.value_width, KeyUse::columns, values_);
+      Products::add_columns(transposed, scores_, at.count, rows_, p_.value_width, sums_, factor_);
     }
   }
 

@@ -1,7 +1,7 @@
 """mpkernels: hand-written kernels for machine perception, with one meaning on CPU, Triton and CUDA."""
 
 from mpkernels import library as _library
-from mpkernels import splatting
+from mpkernels import masks, splatting
 from mpkernels.backends import BACKENDS, BackendError, use_backend
 from mpkernels.volume import CompositeOutput, composite, composite_from_alphas
 
@@ -13,6 +13,7 @@ __all__ = [
     "CompositeOutput",
     "composite",
     "composite_from_alphas",
+    "masks",
     "splatting",
     "use_backend",
 ]

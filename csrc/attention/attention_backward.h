@@ -139,6 +139,7 @@ class BackwardTile {
     const int64_t count = std::min(backward_keys, p_.keys - key);
     const int64_t width = Products::padded(p_.width), value_width = Products::padded(p_.value_width);
     const S* keys = p_.key.at(b, kv, key);
+    [[maybe_unused]] const typename Products::Session session{};
     std::memset(static_cast<void*>(of_keys_), 0, static_cast<size_t>(count * width) * sizeof(T));
     std::memset(static_cast<void*>(of_values_), 0, static_cast<size_t>(count * value_width) * sizeof(T));
     const Keys tile = Keys::of(keys, p_.key.row, count, p_.width, KeyUse::both, keys_);

@@ -146,10 +146,11 @@ def to_dense(mask: Mask | Tensor | None, shape: Sequence[int], device: torch.dev
                 [ True,  True]])
     """
     first, last, dense = resolve(mask, shape, device)
-    return _filled(first, last, dense, shape, _device(None if mask is None else as_mask("mask", mask), device))
+    return filled(first, last, dense, shape, _device(None if mask is None else as_mask("mask", mask), device))
 
 
-def _filled(first, last, dense, shape: Sequence[int], device: torch.device) -> Tensor:
+def filled(first, last, dense, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Intervals and a dense mask as one bool tensor of ``shape``."""
     seen = torch.ones((1, 1), dtype=torch.bool, device=device) if dense is None else dense
     if first is not None:
         columns = torch.arange(shape[-1], dtype=torch.int32, device=device)
@@ -174,7 +175,8 @@ def visible_pairs(mask: Mask | Tensor | None, shape: Sequence[int]) -> int:
     if not everything or (first is None and dense is None):
         return everything
     if dense is None:
-        assert first is not None and last is not None
+        assert first is not None
+        assert last is not None
         held = (last - first).clamp(min=0).sum(dtype=torch.int64)
         return int(held) * (math.prod(shape[:-1]) // first.numel())
     # a slab of rows at a time, each no larger than the mask tells apart
@@ -187,5 +189,5 @@ def visible_pairs(mask: Mask | Tensor | None, shape: Sequence[int]) -> int:
         slab = dense if dense.dim() < 2 or dense.shape[-2] == 1 else dense[..., rows, :]
         begin, end = (None, None) if first is None or last is None else (first[..., rows], last[..., rows])
         inside = (*distinct, rows.stop - rows.start, shape[-1])
-        count += int(_filled(begin, end, slab, inside, dense.device).sum(dtype=torch.int64))
+        count += int(filled(begin, end, slab, inside, dense.device).sum(dtype=torch.int64))
     return count * (math.prod(shape[:-2]) // math.prod(distinct))

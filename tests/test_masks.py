@@ -246,6 +246,19 @@ def test_reprs_read_like_the_expression():
     assert repr(masks.dense(torch.ones(2, 3, 4, dtype=torch.bool))) == "dense(<bool (2, 3, 4)>)"
 
 
+def test_answers_are_kept():
+    mask = masks.documents(torch.arange(6) // 2) & masks.causal()
+    first, _, _ = masks.resolve(mask, (6, 6))
+    assert masks.resolve(mask, (6, 6))[0].data_ptr() == first.data_ptr()
+    assert masks.resolve(mask, (2, 6, 6))[0].shape == (1, 6)
+    assert pickle.loads(pickle.dumps(mask)) == mask
+    last = torch.tensor([1, 2])
+    mask = masks.intervals(None, last) & masks.causal()
+    assert masks.visible_pairs(mask, (2, 2)) == 3
+    last.zero_()  # what others can write to is read again
+    assert masks.visible_pairs(mask, (2, 2)) == 0
+
+
 def test_integers_alone_are_resolved_once():
     one = masks.resolve(masks.causal() & masks.padding([2, 3]), (2, 1, 4, 4))
     other = masks.resolve(masks.causal() & masks.padding([2, 3]), (2, 1, 4, 4))

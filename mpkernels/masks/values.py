@@ -46,13 +46,20 @@ class Mask:
             raise TypeError(f"unhashable mask, for it holds tensors: {self!r}")
         return hash((type(self), self._values()))
 
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "resolved"}
+
     def _values(self) -> tuple[object, ...]:
         """The fields that tell masks of one type apart."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.compare)  # type: ignore
+        raise NotImplementedError
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors the mask is made of; none where it is made of integers alone."""
         return tuple(value for value in self._values() if isinstance(value, Tensor))
+
+    def settled(self) -> bool:
+        """Whether nobody else can write to what ``interval`` reads, so that its answer may be kept."""
+        return True
 
     def check(self, outer: Sequence[int], length: int, keys: int) -> None:
         """Raises ValueError unless the mask fits scores of shape outer + (length, keys)."""
@@ -108,6 +115,9 @@ class Causal(Mask):
         align = "" if self.align == "upper_left" else f"align={self.align!r}"
         return f"{'strictly_causal' if self.strict else 'causal'}({align})"
 
+    def _values(self) -> tuple[object, ...]:
+        return self.align, self.strict
+
     def interval(self, length: int, keys: int, device: torch.device) -> Interval:
         return None, _rows(length, keys, self.align, device) + (0 if self.strict else 1)
 
@@ -124,6 +134,9 @@ class Window(Mask):
         align = "" if self.align == "upper_left" else f", align={self.align!r}"
         return f"window({self.left}, {self.right}{align})"
 
+    def _values(self) -> tuple[object, ...]:
+        return self.left, self.right, self.align
+
     def interval(self, length: int, keys: int, device: torch.device) -> Interval:
         rows = _rows(length, keys, self.align, device)
         first = None if self.left is None else rows - min(self.left, _UNLIMITED)
@@ -139,6 +152,9 @@ class Prefix(Mask):
 
     def __repr__(self) -> str:
         return f"prefix({described(self.n)})"
+
+    def _values(self) -> tuple[object, ...]:
+        return (self.n,)
 
     def check(self, outer: Sequence[int], length: int, keys: int) -> None:
         check_broadcast("prefix: n", batch_shape(self.n), outer[:-1], "the batch dimensions")
@@ -158,10 +174,13 @@ class Padding(Mask):
     """The first keys of each batch item."""
 
     lengths: object
-    longest: int | None = dataclasses.field(compare=False)
+    longest: int | None  # the largest, where it is known
 
     def __repr__(self) -> str:
         return f"padding({described(self.lengths)})"
+
+    def _values(self) -> tuple[object, ...]:
+        return (self.lengths,)
 
     def check(self, outer: Sequence[int], length: int, keys: int) -> None:
         check_broadcast("padding: lengths", batch_shape(self.lengths), outer[:-1], "the batch dimensions")
@@ -182,11 +201,17 @@ class Documents(Mask):
     ids: object
     key_ids: object
     scattered: bool  # documents may lie in pieces: only a dense mask says it
-    runs: tuple[Tensor, Tensor] | None = dataclasses.field(compare=False)
+    runs: tuple[Tensor, Tensor] | None  # of tensors of ids
 
     def __repr__(self) -> str:
         keys = "" if self.key_ids is None else f", {described(self.key_ids)}"
         return f"documents({described(self.ids)}{keys}{', unsorted=' + repr('dense') if self.scattered else ''})"
+
+    def _values(self) -> tuple[object, ...]:
+        return self.ids, self.key_ids, self.scattered
+
+    def settled(self) -> bool:
+        return self.scattered or self.runs is not None or not self.tensors()
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         queries = batch_shape(self.ids)
@@ -235,6 +260,9 @@ class Dense(Mask):
     def __repr__(self) -> str:
         return f"dense({described(self.tensor)})"
 
+    def _values(self) -> tuple[object, ...]:
+        return (self.tensor,)
+
     def check(self, outer: Sequence[int], length: int, keys: int) -> None:
         check_broadcast("mask", self.tensor.shape, (*outer, length, keys), "the shape")
 
@@ -254,6 +282,12 @@ class Intervals(Mask):
 
     def __repr__(self) -> str:
         return f"intervals({described(self.first)}, {described(self.last)})"
+
+    def _values(self) -> tuple[object, ...]:
+        return self.first, self.last
+
+    def settled(self) -> bool:
+        return False
 
     def check(self, outer: Sequence[int], length: int, keys: int) -> None:
         for name, value in (("first", self.first), ("last", self.last)):
@@ -275,6 +309,12 @@ class Both(Mask):
 
     def __repr__(self) -> str:
         return " & ".join(repr(part) for part in self.parts)
+
+    def _values(self) -> tuple[object, ...]:
+        return self.parts
+
+    def settled(self) -> bool:
+        return all(part.settled() for part in self.parts)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(x for part in self.parts for x in part.tensors())

@@ -4,7 +4,9 @@ import dataclasses
 import doctest
 import importlib
 import pickle
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,7 +252,9 @@ def test_answers_are_kept():
     mask = masks.documents(torch.arange(6) // 2) & masks.causal()
     first, _, _ = masks.resolve(mask, (6, 6))
     assert masks.resolve(mask, (6, 6))[0].data_ptr() == first.data_ptr()
-    assert masks.resolve(mask, (2, 6, 6))[0].shape == (1, 6)
+    mask = masks.padding(torch.tensor([1, 3])) & masks.causal()
+    for length in (2, 4):
+        assert masks.resolve(mask, (2, 1, length, 4))[0].shape == (2, 1, length)
     assert pickle.loads(pickle.dumps(mask)) == mask
     last = torch.tensor([1, 2])
     mask = masks.intervals(None, last) & masks.causal()
@@ -425,3 +429,14 @@ def test_examples(module):
     found = doctest.testmod(sys.modules[name])
     assert found.attempted > 0
     assert found.failed == 0
+
+
+def test_the_page_about_masks_runs(tmp_path, monkeypatch, capsys):
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    page = (docs / "masks.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert "blocks of 64 x 64 visited" in capsys.readouterr().out
+    shown = re.findall(r"\]\((pictures/\w+\.png)\)", page)
+    assert sorted(Path(name).name for name in shown) == sorted(path.name for path in tmp_path.iterdir())
+    assert all((docs / name).is_file() for name in shown)

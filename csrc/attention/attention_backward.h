@@ -149,9 +149,9 @@ class BackwardTile {
       for (int64_t block = 0; block < p_.query_blocks(); ++block) {
         const int64_t index = (b * p_.heads + h) * p_.query_blocks() + block;
         const KeyRange& range = prepared_.ranges[index];
-        const int64_t from = key + std::max<int64_t>(range.low - key, 0) / 2 * 2;  // products may take keys in pairs
-        const int64_t to = std::min(key + count, range.high);
-        if (std::max(from, range.low) >= to) continue;
+        const int64_t from = key + std::max<int64_t>(range.low - key, 0) / 2 * 2;  // products take keys in pairs
+        const int64_t to = std::min(key + count, key + (range.high - key + 1) / 2 * 2);
+        if (std::max(from, range.low) >= std::min(to, range.high)) continue;
         const int64_t i0 = block * block_queries;
         const Place at{b, h, i0, std::min(block_queries, p_.queries - i0), from, to - from};
         const Seen seen = seen_by_mask(p_, at);

@@ -195,7 +195,7 @@ class AttentionProperties(OpProperties):
         assert not torch.equal(runs[0], runs[2])
 
     def test_a_bias_of_rows_moves_lse_alone(self):
-        tensors = [x.requires_grad_() for x in self.rows_by_rows(rows=4, keys=6)]
+        tensors = self.rows_by_rows(rows=4, keys=6)
         bias = self.normal(2, 4, 1).requires_grad_()
         out, lse = self.attention(*tensors, mask=masks.strictly_causal(), bias=bias)
         full, full_lse = self.attention(*tensors, mask=masks.strictly_causal(), bias=bias.expand(2, 4, 6))
@@ -205,6 +205,17 @@ class AttentionProperties(OpProperties):
         wanted = torch.ones(2, 4, 1, device=self.device)
         wanted[:, 0] = 0  # the row that sees nothing
         torch.testing.assert_close(found, wanted)
+
+    def test_the_least_finite_number_is_no_mask(self):
+        """Added to a whole row it changes nothing, as in torch; to some keys, it takes their weight away."""
+        query, key, value = self.rows_by_rows(heads=1, rows=3, keys=20)
+        least = torch.finfo(torch.float32).min
+        bias = torch.zeros(3, 20, device=self.device)
+        bias[0] = least
+        bias[1, 4:] = least
+        out, _ = self.attention(torch.zeros_like(query), key, value, bias=bias)
+        torch.testing.assert_close(out[0, 0, 0], value[0, 0].mean(0))
+        torch.testing.assert_close(out[0, 0, 1], value[0, 0, :4].mean(0))
 
     def test_gradient_of_a_bias_in_closed_form(self):
         """Of lse it is the weights; of out with the values of a basis, P (G - P G)."""

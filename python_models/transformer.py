@@ -23,23 +23,25 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpkernels import BackendError, masks
-from mpkernels.attention import attention
+from mpkernels.attention import attention, decode_attention
 from python_models import standard_library_text
 from python_models.standard_library_text import BLOCK, START, Packed, Text, evaluation_rows, training_blocks
 from python_models.transformer_training import ROWS, WARM_UP, Curve, Progress, Training, draw_curve, train
 
 ATTENTIONS = ("mpkernels", "sdpa")
 POSITIONS = ("rotary", "sinusoidal", "learned")
-STRIDE = BLOCK // 2  # of the windows in which files are evaluated
+STRIDE = BLOCK * 3 // 4  # of the windows in which files are evaluated
 VALIDATION_ROWS = 32  # for the curve
+NGRAMS = (2, 3, 4, 5, 6)  # lengths of n-grams that have embeddings
 PROMPTS = ("", "def ", "class ", "import ", "    def __init__(self")
+SAMPLE_BYTES = 400
 MODEL, SAMPLES, CURVE = "model.pt", "samples.txt", "curve.png"
 
 
@@ -52,7 +54,7 @@ class Config:
     heads: int = 4
     positions: str = "rotary"  # "sinusoidal" as in the paper, "learned", or "rotary" (Su et al. 2021)
     context: int = BLOCK  # the longest row that is read at once
-    ngrams: tuple[int, ...] = (2, 3, 4, 5, 6)  # lengths of n-grams that have embeddings; () for none
+    ngrams: tuple[int, ...] = NGRAMS  # () for none
     ngram_slots: int = 2**15  # rows of each table of n-grams
     ngram_width: int = 64
 
@@ -71,7 +73,7 @@ class Visible:
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of (rows, heads, length, width) tensors."""
         if self.mask is not None:
-            return attention(query, key, value, mask=self.mask, backend=self.backend)
+            return cast(Tensor, attention(query, key, value, mask=self.mask, backend=self.backend))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=self.pairs)
 
 
@@ -96,7 +98,7 @@ class Cache:
         keys, values = self.keys[layer, :, :, : known + new], self.values[layer, :, :, : known + new]
         if new == 1:
             return decode_attention(query, keys, values)
-        return attention(query, keys, values, mask=masks.causal(align="lower_right"))
+        return cast(Tensor, attention(query, keys, values, mask=masks.causal(align="lower_right")))
 
 
 def frequencies(count: int, device: torch.device) -> Tensor:
@@ -149,7 +151,8 @@ class Transformer(nn.Module):
         self.config = config
         self.bytes = nn.Embedding(257, config.width)
         self.ngrams = nn.ModuleList(nn.Embedding(config.ngram_slots, config.ngram_width) for _ in config.ngrams)
-        self.from_ngrams = nn.Linear(len(config.ngrams) * config.ngram_width, config.width, bias=False)
+        if self.ngrams:
+            self.from_ngrams = nn.Linear(len(config.ngrams) * config.ngram_width, config.width, bias=False)
         self.learned = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.head = nn.Linear(config.width, 256, bias=False)
@@ -345,7 +348,7 @@ def fit(
     _check(locals())
     started = time.perf_counter()
     text = standard_library_text.load() if text is None else text
-    config = Config(width, layers, heads, positions, ngrams=Config.ngrams if ngrams else ())
+    config = Config(width, layers, heads, positions, ngrams=NGRAMS if ngrams else ())
     setting = Setting(attention, backend, precision, str(device or "cpu"))
     compared = compare(config, text, setting, seed) if attention == "sdpa" else {}
     training = training_of(config, text, setting, seed)
@@ -357,7 +360,9 @@ def fit(
     held_out = bits_per_byte(model, evaluation_rows(text.held_out, BLOCK, STRIDE), setting)
     evaluated = time.perf_counter()
     compressors = standard_library_text.compressed_bits_per_byte(text)
-    samples = {prompt: model.generate(prompt.encode(), 400, seed=seed).decode(errors="replace") for prompt in PROMPTS}
+    samples = {
+        prompt: model.generate(prompt.encode(), SAMPLE_BYTES, seed=seed).decode(errors="replace") for prompt in PROMPTS
+    }
     result = {
         "model": "transformer",
         "data": text.name,

@@ -1,5 +1,7 @@
 """Attention: softmax(Q K^T / sqrt(d) + bias) V over the keys that a mask leaves, without ever storing the scores."""
 
 from mpkernels.attention.attention import attention
+from mpkernels.attention.attention_varlen import attention_varlen
+from mpkernels.attention.scaled_dot_product_attention import scaled_dot_product_attention
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_varlen", "scaled_dot_product_attention"]

@@ -20,6 +20,15 @@ TINY = Config(width=16, layers=2, heads=2, context=64, ngrams=(2, 3), ngram_slot
 WORDS = b"def class return import self None True for in while lambda yield ".split()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only wait for each other where tensors are as small as here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiny(seed=0, **changes):
     """A model whose every part has an influence: new ones have layers that add nothing, and a head of zeros."""
     with torch.random.fork_rng(devices=[]):

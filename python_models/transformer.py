@@ -296,7 +296,7 @@ def compare(config: Config, text: Text, setting: Setting, seed: int, steps: int 
         loss, seconds = [0.0, 0.0], [0.0, 0.0]
         for i in (0, 1) if step % 2 == 0 else (1, 0):
             started = time.perf_counter()
-            loss[i] = pair[i].step(WARM_UP * step / 20, BLOCK)
+            loss[i] = pair[i].step(WARM_UP * (step + 1) / 4, BLOCK)  # at the full rates from the fourth on
             seconds[i] = time.perf_counter() - started
         difference = max(difference, abs(loss[0] - loss[1]))
         ratios.append(seconds[1] / seconds[0])

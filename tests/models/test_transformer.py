@@ -255,7 +255,6 @@ def test_figures_of_compressors(text):
 
 def test_sdpa_learns_the_same(text, monkeypatch):
     monkeypatch.setattr(transformer, "ROWS", 1)
-    monkeypatch.setattr(transformer, "WARM_UP", 1.0)  # the last of the steps are at a fifth of the full rate
     found = transformer.compare(TINY, text, Setting(precision="float32"), 0, steps=5)
     assert found["largest_difference_of_losses"] < 1e-3
     assert found["sdpa_seconds_over_mpkernels"] > 0

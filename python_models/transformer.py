@@ -106,10 +106,9 @@ def frequencies(count: int, device: torch.device) -> Tensor:
     return 10000 ** -torch.linspace(0, 1, count, device=device)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotary positions: turns the pairs (x[i], x[i + width / 2]) of (rows, heads, length, width) by their angles."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()  # (rows, 1, length, width / 2)
+def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions: turns the pairs (x[i], x[i + width / 2]) of the last dimension by angles of half the width."""
+    (first, second), (cos, sin) = x.chunk(2, dim=-1), cos_sin
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
@@ -131,15 +130,15 @@ class Layer(nn.Module):
         nn.init.zeros_(self.out.weight)  # a layer adds nothing at first
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, x: Tensor, angles: Tensor | None, attend: Callable[..., Tensor]) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attend: Callable[..., Tensor]) -> Tensor:
         """(rows, length, width) to the same, with attention of (rows, heads, length, width of a head) tensors."""
         rows, length, width = x.shape
-        heads = self.query_key_value(norm(x)).view(rows, length, 3, self.heads, width // self.heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # (rows, heads, length, width of a head) each
-        query, key = norm(query), norm(key)
-        if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
-        x = x + self.out(attend(query, key, value).transpose(1, 2).reshape(rows, length, width))
+        parts = self.query_key_value(norm(x)).view(rows, length, 3, self.heads, width // self.heads)
+        query_key, value = norm(parts[:, :, :2]), parts[:, :, 2]
+        if cos_sin is not None:
+            query_key = rotate(query_key, cos_sin)
+        heads = (part.transpose(1, 2) for part in (*query_key.unbind(2), value))
+        x = x + self.out(attend(*heads).transpose(1, 2).reshape(rows, length, width))
         return x + self.down(F.relu(self.up(norm(x))).square())
 
 
@@ -199,12 +198,13 @@ class Transformer(nn.Module):
 
     def _layers(self, tokens: Tensor, offset: Tensor, before: Tensor | None, attend: Callable[..., Tensor]) -> Tensor:
         x = norm(self.embed(tokens, offset, before))
-        angles = None
+        cos_sin = None
         if self.config.positions == "rotary":
             of_head = frequencies(self.config.width // (2 * self.config.heads), offset.device)
-            angles = offset[:, None, :, None] * of_head  # (rows, 1, length, half a head)
+            angles = offset[:, :, None, None, None] * of_head  # (rows, length, 1, 1, half a head)
+            cos_sin = angles.cos(), angles.sin()
         for number, layer in enumerate(self.layers):
-            x = layer(x, angles, functools.partial(attend, number))
+            x = layer(x, cos_sin, functools.partial(attend, number))
         return self.head(norm(x))
 
     @torch.no_grad()

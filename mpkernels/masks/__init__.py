@@ -11,9 +11,7 @@
 ==============================  ===================================================================================
 """
 
-from mpkernels.masks.representation import resolve, to_dense, visible_pairs
-from mpkernels.masks.values import (
-    Mask,
+from mpkernels.masks.api import (
     causal,
     dense,
     documents,
@@ -23,6 +21,9 @@ from mpkernels.masks.values import (
     strictly_causal,
     window,
 )
+from mpkernels.masks.picture import show
+from mpkernels.masks.representation import resolve, to_dense, visible_pairs
+from mpkernels.masks.values import Mask
 
 __all__ = [
     "Mask",
@@ -33,6 +34,7 @@ __all__ = [
     "padding",
     "prefix",
     "resolve",
+    "show",
     "strictly_causal",
     "to_dense",
     "visible_pairs",

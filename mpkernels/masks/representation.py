@@ -49,8 +49,8 @@ def _intervals(mask: Mask, shape: tuple[int, ...], device: torch.device) -> tupl
         first = torch.zeros((1,), dtype=torch.int32, device=device)
     if last is None:
         last = torch.full((1,), keys, dtype=torch.int32, device=device)
-    found = torch.broadcast_shapes(first.shape, last.shape)
-    found = (1,) * (len(outer) + 1 - len(found)) + tuple(found)
+    one, other = ((1,) * (len(outer) + 1 - x.dim()) + tuple(x.shape) for x in (first, last))
+    found = [b if a == 1 else a for a, b in zip(one, other, strict=True)]
     batch = outer[:-1] if any(size != 1 for size in found[:-2]) else [1] * (len(outer) - 1)
     wanted = (*batch, found[-2], length)
 
@@ -61,17 +61,34 @@ def _intervals(mask: Mask, shape: tuple[int, ...], device: torch.device) -> tupl
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def _cached_intervals(mask: Mask, shape: tuple[int, ...], device: torch.device, stream: int):
+def _cached(mask: Mask, shape: tuple[int, ...], device: torch.device, stream: int):
+    return _for_any_use(mask, shape, device)
+
+
+def _for_any_use(mask: Mask, shape: tuple[int, ...], device: torch.device):
     with torch.inference_mode(False):  # a later caller may save them for backward
         return _intervals(mask, shape, device)
 
 
-def _cacheable(mask: Mask, device: torch.device) -> bool:
-    if torch.compiler.is_compiling() or mask.tensors():
-        return False
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    return device.type == "cpu" or (device.type == "cuda" and not torch.cuda.is_current_stream_capturing())
+def _kept_intervals(mask: Mask, shape: tuple[int, ...], device: torch.device):
+    """As ``_intervals``, from what is known where it may be: masks of integers are cached, others keep their last."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or device.type not in ("cpu", "cuda")
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        or not mask.settled()
+    ):
+        return _intervals(mask, shape, device)
+    stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+    if not mask.tensors():
+        return _cached(mask, shape, device, stream)
+    kept = mask.__dict__.get("resolved")
+    if kept is None or kept[0] != (shape, device, stream):
+        kept = ((shape, device, stream), _for_any_use(mask, shape, device))
+        mask.__dict__["resolved"] = kept
+    return kept[1]
 
 
 def resolve(
@@ -80,8 +97,8 @@ def resolve(
     """The mask of scores of shape (..., H, L, S), as the kernels take it: query i sees key j of head h where
     first[..., h, i] <= j < last[..., h, i] and dense[..., h, i, j].
 
-    Plain torch operations without a wait for the device, so it traces in ``torch.compile(fullgraph=True)``. What is
-    made of integers alone is cached, therefore ``first`` and ``last`` are not to be written to.
+    Plain torch operations without a wait for the device, so it traces in ``torch.compile(fullgraph=True)``. Answers are
+    kept (those of masks of integers in a cache, others in the mask): ``first`` and ``last`` are not to be written to.
 
     Args:
         mask: a mask, a bool tensor (as :func:`dense`), or None.
@@ -113,11 +130,7 @@ def resolve(
     flat = len(shape) == 2
     full = (1, *shape) if flat else shape
     mask.check(full[:-2], full[-2], full[-1])
-    if _cacheable(mask, device):
-        stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
-        first, last = _cached_intervals(mask, full, device, stream)
-    else:
-        first, last = _intervals(mask, full, device)
+    first, last = _kept_intervals(mask, full, device)
     dense = mask.dense(device)
     if flat:
         first, last = (None, None) if first is None or last is None else (first[0], last[0])
@@ -146,10 +159,11 @@ def to_dense(mask: Mask | Tensor | None, shape: Sequence[int], device: torch.dev
                 [ True,  True]])
     """
     first, last, dense = resolve(mask, shape, device)
-    return _filled(first, last, dense, shape, _device(None if mask is None else as_mask("mask", mask), device))
+    return filled(first, last, dense, shape, _device(None if mask is None else as_mask("mask", mask), device))
 
 
-def _filled(first, last, dense, shape: Sequence[int], device: torch.device) -> Tensor:
+def filled(first, last, dense, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Intervals and a dense mask as one bool tensor of ``shape``."""
     seen = torch.ones((1, 1), dtype=torch.bool, device=device) if dense is None else dense
     if first is not None:
         columns = torch.arange(shape[-1], dtype=torch.int32, device=device)
@@ -174,7 +188,8 @@ def visible_pairs(mask: Mask | Tensor | None, shape: Sequence[int]) -> int:
     if not everything or (first is None and dense is None):
         return everything
     if dense is None:
-        assert first is not None and last is not None
+        assert first is not None
+        assert last is not None
         held = (last - first).clamp(min=0).sum(dtype=torch.int64)
         return int(held) * (math.prod(shape[:-1]) // first.numel())
     # a slab of rows at a time, each no larger than the mask tells apart
@@ -187,5 +202,5 @@ def visible_pairs(mask: Mask | Tensor | None, shape: Sequence[int]) -> int:
         slab = dense if dense.dim() < 2 or dense.shape[-2] == 1 else dense[..., rows, :]
         begin, end = (None, None) if first is None or last is None else (first[..., rows], last[..., rows])
         inside = (*distinct, rows.stop - rows.start, shape[-1])
-        count += int(_filled(begin, end, slab, inside, dense.device).sum(dtype=torch.int64))
+        count += int(filled(begin, end, slab, inside, dense.device).sum(dtype=torch.int64))
     return count * (math.prod(shape[:-2]) // math.prod(distinct))

@@ -44,7 +44,9 @@ class AttentionProperties(OpProperties):
     def gradients(self, tensors, grad_out, grad_lse=None, **settings):
         """Outputs, and gradients of the tensors for given gradients of the outputs."""
         leaves = [x.detach().clone().requires_grad_() for x in tensors]
-        out, lse = self.attention(*leaves, **settings)
+        if len(leaves) == 4:
+            settings["bias"] = leaves[3]
+        out, lse = self.attention(*leaves[:3], **settings)
         outputs, seeds = ([out], [grad_out]) if grad_lse is None else ([out, lse], [grad_out, grad_lse])
         return (out.detach(), lse.detach()), torch.autograd.grad(outputs, leaves, seeds)
 
@@ -206,16 +208,21 @@ class AttentionProperties(OpProperties):
         wanted[:, 0] = 0  # the row that sees nothing
         torch.testing.assert_close(found, wanted)
 
-    def test_the_least_finite_number_is_no_mask(self):
-        """Added to a whole row it changes nothing, as in torch; to some keys, it takes their weight away."""
-        query, key, value = self.rows_by_rows(heads=1, rows=3, keys=20)
-        least = torch.finfo(torch.float32).min
-        bias = torch.zeros(3, 20, device=self.device)
-        bias[0] = least
-        bias[1, 4:] = least
-        out, _ = self.attention(torch.zeros_like(query), key, value, bias=bias)
-        torch.testing.assert_close(out[0, 0, 0], value[0, 0].mean(0))
-        torch.testing.assert_close(out[0, 0, 1], value[0, 0, :4].mean(0))
+    @pytest.mark.parametrize("hides", [-torch.inf, torch.finfo(torch.float32).min, -1e30])
+    def test_a_bias_that_hides_is_a_mask(self, hides):
+        """In outputs and gradients; rows that it hides as a whole are empty."""
+        query, key, value = self.rows_by_rows(heads=1, rows=5, keys=20)
+        visible = torch.rand(5, 20, generator=torch.Generator().manual_seed(0)).to(self.device) < 0.6
+        visible[1] = False
+        visible[:, 7] = False
+        bias = self.normal(5, 20)
+        grad = self.normal(1, 1, 5, 4, seed=3)
+        wanted, wanted_gradients = self.gradients((query, key, value, bias), grad, grad[..., 0], mask=visible)
+        hiding = torch.where(visible, bias, hides)
+        found, found_gradients = self.gradients((query, key, value, hiding), grad, grad[..., 0])
+        assert not found[0][..., 1, :].any()
+        for a, b in zip((*found, *found_gradients), (*wanted, *wanted_gradients), strict=True):
+            torch.testing.assert_close(a, b)
 
     def test_gradient_of_a_bias_in_closed_form(self):
         """Of lse it is the weights; of out with the values of a basis, P (G - P G)."""

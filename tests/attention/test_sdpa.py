@@ -98,14 +98,18 @@ def test_a_row_without_keys_is_zero():
     check(query, key, value, added)
 
 
-def test_a_mask_of_the_least_finite_number_gives_the_mean():
+def test_a_mask_of_the_lowest_number_hides():
+    """As in torch, but for rows that are hidden as a whole: their scores drown in it, and torch gives the mean."""
     query, key, value = tensors(1, 1)
-    mask = torch.full((5, 7), torch.finfo(torch.float32).min)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         low = [x.to(dtype) for x in (query, key, value)]
+        mask = torch.zeros(5, 7)
+        mask[:, 4:] = torch.finfo(torch.float32).min
         torch.testing.assert_close(ours(*low, mask), theirs(*low, mask), rtol=2e-2, atol=2e-2)
-        wanted = value.mean(-2, keepdim=True).expand(1, 1, 5, 8)
-        torch.testing.assert_close(ours(*low, mask).float(), wanted, rtol=2e-2, atol=2e-2)
+        mask[2] = torch.finfo(torch.float32).min
+        assert not ours(*low, mask)[..., 2, :].any()
+    mean = value.mean(-2)
+    torch.testing.assert_close(theirs(query, key, value, mask)[..., 2, :], mean)
 
 
 def test_float32_masks_of_narrow_inputs():

@@ -38,7 +38,6 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t run_keys = 32;  // keys whose values stay in the first-level cache; a multiple of any vector's lanes
 constexpr int64_t runs_of_piece = piece_keys / run_keys;
 constexpr int64_t most_rows = 32;  // rows whose scores are kept at a time
 
@@ -254,12 +253,23 @@ void attend(const Problem<S>& in, const Place& at, Softmax<T>* softmax, T* sums)
   }
 
   const S* keys = in.key + at.batch * in.key_batch + at.group * in.key_head;
+  const S* values = in.value + at.batch * in.value_batch + at.group * in.value_head;
+  const int64_t ahead = keys_ahead<S>(in.width), values_ahead = keys_ahead<S>(in.value_width);
+  const int64_t first_value = begin + (end - begin + run_keys - 1) / run_keys * run_keys;  // values follow the keys
+  const auto next_key = [&](int64_t k) -> Next<S> {
+    if (k + ahead < end) return {keys + (k + ahead) * in.key_row, in.key_row};
+    const int64_t value = begin + k + ahead - first_value;
+    return {k + ahead >= first_value && value < end ? values + value * in.value_row : nullptr, in.value_row};
+  };
+  for (int64_t k = begin; k < std::min(end, begin + ahead); ++k) {
+    fetch(keys + k * in.key_row, in.width * static_cast<int64_t>(sizeof(S)));
+  }
   for (int64_t k = begin; k < end; k += run_keys) {
     const int64_t count = std::min(run_keys, end - k);
     if (in.mask != nullptr && !any_seen(in, rows, at.count, k, k + count)) continue;
     each_tile<T>(at.count, [&](int64_t r, auto tile) {
       score_tile<S, decltype(tile)::value>(queries + r * query_stride, query_stride, keys + k * in.key_row, in.key_row,
-                                           count, in.width, r == 0 ? keys_ahead<S>(in.width, k, end) : 0,
+                                           count, in.width, r == 0 ? next_key(k) : Next<S>{nullptr, 0},
                                            scores + r * score_stride<T> + (k - begin));
     });
   }
@@ -269,7 +279,6 @@ void attend(const Problem<S>& in, const Place& at, Softmax<T>* softmax, T* sums)
     softmax[r] = soften<S>(in, rows[r], begin, end, scores + r * score_stride<T>, runs);
   }
 
-  const S* values = in.value + at.batch * in.value_batch + at.group * in.value_head;
   for (int64_t k = begin; k < end; k += run_keys) {
     const int64_t run = (k - begin) / run_keys, count = std::min(run_keys, end - k);
     if (runs.all_hidden[run]) continue;
@@ -277,7 +286,9 @@ void attend(const Problem<S>& in, const Place& at, Softmax<T>* softmax, T* sums)
       const auto call = [&](auto hidden) {
         weigh_tile<S, decltype(tile)::value, decltype(hidden)::value>(
             values + k * in.value_row, in.value_row, count, scores + r * score_stride<T> + (k - begin),
-            r == 0 ? keys_ahead<S>(in.value_width, k, end) : 0, totals + r * sum_stride, sum_stride, in.value_width);
+            r == 0 && k + values_ahead < end ? Next<S>{values + (k + values_ahead) * in.value_row, in.value_row}
+                                             : Next<S>{nullptr, 0},
+            totals + r * sum_stride, sum_stride, in.value_width);
       };
       if (runs.some_hidden[run]) {
         call(std::true_type{});

@@ -11,6 +11,7 @@ namespace decode_attention {
 namespace {
 
 constexpr int64_t piece_keys = 512;  // keys whose scores are kept at a time
+constexpr int64_t run_keys = 32;  // keys whose values stay in the first-level cache; a multiple of any vector's lanes
 
 template <typename T>
 constexpr int tile_rows = lanes<T> < 4 ? lanes<T> : 4;
@@ -95,19 +96,26 @@ MPKERNELS_INLINE void fetch(const S* from, int64_t bytes) {
   }
 }
 
-// How many keys ahead to fetch while those at k are worked on: 16 KiB, and none behind the end.
+// How many keys ahead of those that are worked on to fetch: 16 KiB, in whole runs.
 template <typename S>
-int64_t keys_ahead(int64_t width, int64_t k, int64_t end) {
-  const int64_t ahead = std::clamp<int64_t>(16384 / (width * static_cast<int64_t>(sizeof(S))), 8, 128);
-  return k + ahead < end ? ahead : 0;
+int64_t keys_ahead(int64_t width) {
+  return std::clamp<int64_t>(16384 / (width * static_cast<int64_t>(sizeof(S))), run_keys, 4 * run_keys) / run_keys *
+         run_keys;
 }
 
-// Products q . k of R rows with `count` keys of a run; the keys `ahead` rows behind are fetched, 0 for none.
+// Rows of keys or values to fetch while a run is worked on, a row a key; none where `from` is null.
+template <typename S>
+struct Next {
+  const S* from;
+  int64_t row;
+};
+
+// Products q . k of R rows with `count` keys of a run.
 template <typename S, int R, typename T = Compute<S>>
 void score_tile(const T* queries,  // (R, stride), in the order of place_of, zeros behind
                 int64_t query_stride,
                 const S* keys,  // (count, key_stride)
-                int64_t key_stride, int64_t count, int64_t width, int64_t ahead,
+                int64_t key_stride, int64_t count, int64_t width, Next<S> next,
                 T* scores) {  // (R, score_stride), written up to the next multiple of the block
   constexpr int L = lanes<T>;
   constexpr int block = L / R;
@@ -117,9 +125,9 @@ void score_tile(const T* queries,  // (R, stride), in the order of place_of, zer
     Vector<T> sums[L] = {};
     int64_t d = 0;
     for (; d + 2 * L <= width; d += 2 * L) {
-      if (ahead > 0) {
+      if (next.from != nullptr) {
 #pragma GCC unroll 16
-        for (int j = 0; j < block; ++j) fetch(at[j] + ahead * key_stride + d, 2 * L * sizeof(S));
+        for (int j = 0; j < block; ++j) fetch(next.from + (k + j) * next.row + d, 2 * L * sizeof(S));
       }
       Vector<T> qa[R], qb[R];
 #pragma GCC unroll 4
@@ -159,7 +167,7 @@ template <typename S, int R, int Vectors, bool Hidden, bool Whole, typename T = 
 MPKERNELS_INLINE void weigh(const S* values,  // (count, value_stride)
                             int64_t value_stride, int64_t count,
                             const T* weights,  // (R, score_stride)
-                            int64_t ahead,
+                            Next<S> next,
                             T* sums,  // (R, sum_stride)
                             int64_t sum_stride, int64_t left) {
   constexpr int L = lanes<T>;
@@ -173,7 +181,7 @@ MPKERNELS_INLINE void weigh(const S* values,  // (count, value_stride)
     if constexpr (Whole) {
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; v += 2) load_pair<S>(row + v * L, x[v], x[v + 1]);
-      if (ahead > 0) fetch(row + ahead * value_stride, Vectors * L * sizeof(S));
+      if (next.from != nullptr) fetch(next.from + k * next.row, Vectors * L * sizeof(S));
     } else {
       x[0] = load_first<S>(row, left);
     }
@@ -196,25 +204,31 @@ MPKERNELS_INLINE void weigh(const S* values,  // (count, value_stride)
 }
 
 template <typename S, int R, bool Hidden, typename T = Compute<S>>
-void weigh_tile(const S* values, int64_t value_stride, int64_t count, const T* weights, int64_t ahead, T* sums,
+void weigh_tile(const S* values, int64_t value_stride, int64_t count, const T* weights, Next<S> next, T* sums,
                 int64_t sum_stride, int64_t width) {
   constexpr int L = lanes<T>;
   constexpr int registers = MPKERNELS_VECTOR_BYTES == 64 ? 16 : 8;  // for the sums
   constexpr int most = std::min(8, std::max(2, registers / R));
   int64_t d = 0;
   for (; d + most * L <= width; d += most * L) {
-    weigh<S, R, most, Hidden, true>(values + d, value_stride, count, weights, ahead, sums + d, sum_stride, 0);
+    weigh<S, R, most, Hidden, true>(values + d, value_stride, count, weights,
+                                    {next.from == nullptr ? nullptr : next.from + d, next.row}, sums + d, sum_stride,
+                                    0);
   }
   if constexpr (most > 4) {
     for (; d + 4 * L <= width; d += 4 * L) {
-      weigh<S, R, 4, Hidden, true>(values + d, value_stride, count, weights, ahead, sums + d, sum_stride, 0);
+      weigh<S, R, 4, Hidden, true>(values + d, value_stride, count, weights,
+                                   {next.from == nullptr ? nullptr : next.from + d, next.row}, sums + d, sum_stride, 0);
     }
   }
   for (; d + 2 * L <= width; d += 2 * L) {
-    weigh<S, R, 2, Hidden, true>(values + d, value_stride, count, weights, ahead, sums + d, sum_stride, 0);
+    weigh<S, R, 2, Hidden, true>(values + d, value_stride, count, weights,
+                                 {next.from == nullptr ? nullptr : next.from + d, next.row}, sums + d, sum_stride, 0);
   }
   for (; d < width; d += L) {
-    weigh<S, R, 1, Hidden, false>(values + d, value_stride, count, weights, ahead, sums + d, sum_stride, width - d);
+    weigh<S, R, 1, Hidden, false>(values + d, value_stride, count, weights,
+                                  {next.from == nullptr ? nullptr : next.from + d, next.row}, sums + d, sum_stride,
+                                  width - d);
   }
 }
 

@@ -253,5 +253,8 @@ def _add_to_rows(out: Tensor, lse: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     if bias.dim() > lse.dim():  # a single head without a dimension for it: (1, L)
         bias = bias.reshape(bias.shape[-1:])
     hidden = (bias == -torch.inf).expand(lse.shape)
-    unmoved = hidden | (lse == -torch.inf)
-    return torch.where(hidden[..., None], 0.0, out), torch.where(unmoved, -torch.inf, lse + bias)
+    # 0, or NaN for what is neither finite nor hides; a function of the bias, so that out has its gradient: zeros
+    nothing = torch.where(hidden | bias.isfinite(), 0.0, bias - bias)
+    replaced = hidden | ~bias.isfinite()
+    out = torch.where(replaced[..., None], nothing[..., None].to(out.dtype), out)
+    return out, torch.where(hidden | (lse == -torch.inf), -torch.inf, lse + bias)

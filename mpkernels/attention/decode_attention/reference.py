@@ -41,7 +41,7 @@ def decode_attention(
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias.to(wide)
+        scores = torch.where(bias == -math.inf, -math.inf, scores + bias.to(wide))
     position = torch.arange(keys, device=query.device)
     if first is not None and last is not None:
         seen = (first[..., None] <= position) & (position < last[..., None])

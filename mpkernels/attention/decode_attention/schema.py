@@ -21,8 +21,8 @@ query, key and value have any strides but a contiguous last dimension; mask and 
 contiguous, and lie in [0, S]; first may exceed last: the row is empty.
 
 Returned: out (B, H, L, F) in the dtype of query and lse (B, H, L), the natural logarithm of the sum of the
-exponentials, in float32 (float64 for float64). Where a query sees no key, out is 0 and lse is -inf. A score of -inf
-hides its key, as a mask does; what a hidden key and its value hold never matters.
+exponentials, in float32 (float64 for float64). Where a query sees no key, out is 0 and lse is -inf. A bias of -inf, or
+a score, hides its key as a mask does; what a hidden key and its value hold never matters.
 """
 
 from __future__ import annotations

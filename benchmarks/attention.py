@@ -31,8 +31,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpkernels import masks
-from mpkernels.attention.attention import attention
-from mpkernels.attention.decode_attention import decode_attention
+from mpkernels.attention import attention, decode_attention
 from mpkernels.commands import machine, terminal
 from mpkernels.profiling import timing
 

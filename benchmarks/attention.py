@@ -31,8 +31,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpkernels import masks
-from mpkernels.attention.attention import attention
-from mpkernels.attention.decode_attention import decode_attention
+from mpkernels.attention import attention, decode_attention
 from mpkernels.commands import machine, terminal
 from mpkernels.profiling import timing
 
@@ -47,6 +46,7 @@ OURS, SDPA, FLEX = "mpkernels", "SDPA", "FlexAttention"
 FLASH, CUDNN = "SDPA flash", "SDPA cuDNN"
 UNMASKED = "mpkernels, full"  # the block-density bound is a share of this
 STREAM = "stream read"  # of as many bytes as the keys and values have
+CONTESTANTS = (OURS, SDPA, FLASH, CUDNN, FLEX, STREAM)  # as tables show them
 
 OF_SDPA, OF_FLEX, OF_FLASH = f"x {SDPA}", f"x {FLEX}", f"x {FLASH}"
 RATE, OPERATIONS, DENSITY, MEMORY = "GB/s", "TFLOP/s", "of the block-density bound", "x inputs and outputs"
@@ -356,18 +356,18 @@ def bar(found: dict) -> str:
 
 def show(results: Sequence[dict], device: str, console: Console) -> None:
     """All rows as a table: times (on a GPU TFLOP/s), the peer's time by ours, GFLOP/s or GB/s, and the bars."""
-    known = (OURS, SDPA, FLASH, CUDNN, FLEX, STREAM)
-    names = [name for name in known if any(name in r["seconds"] or name in r.get("bytes", {}) for r in results)]
+    names = [n for n in CONTESTANTS if any(n in r["seconds"] or n in r.get("bytes", {}) for r in results)]
     made = terminal.table("row", *names, "rate", "bar", numbers=(*names, "rate"))
     for found in results:
-        made.add_row(found["name"], *(_cell(found, name, device) for name in names), rate(found), bar(found))
+        made.add_row(found["name"], *(cell(found, name, device) for name in names), rate(found), bar(found))
     console.print(made)
     for found in results:
         for name, text in found["problems"].items():
             console.print(f"{found['name']}: {name}: {text}")
 
 
-def _cell(found: dict, name: str, device: str) -> str:
+def cell(found: dict, name: str, device: str) -> str:
+    """What a contestant took, and that by our time."""
     if name in found.get("bytes", {}):
         return f"{found['bytes'][name] / 2**20:.0f} MiB"
     seconds = found["seconds"].get(name)

@@ -65,6 +65,26 @@ def test_hidden_keys_do_not_leak_through_pairs(unit, visible):
     assert not found["key"][..., visible:, :].any()
 
 
+@pytest.mark.parametrize(("begin", "end"), [(5, 40), (67, 130), (1, 2)])
+def test_intervals_that_begin_on_an_odd_key(unit, begin, end):
+    query, key, value = tensors(70, 130, 32)
+    first = torch.full((70,), begin, dtype=torch.int32)
+    arguments = {"query": query, "key": key, "value": value}
+    names = tuple(arguments)
+
+    def run(mask, backend):
+        return lambda **a: (attention(**a, mask=mask, backend=backend),)
+
+    whole = masks.intervals(first, first + (end - begin))
+    outputs, found = gradients(run(whole, "cpu"), arguments, names)
+    alone = arguments | {name: arguments[name][..., begin:end, :] for name in ("key", "value")}
+    wanted, wanted_gradients = gradients(run(None, "reference"), alone, names)
+    torch.testing.assert_close(outputs[0], wanted[0], rtol=0.02, atol=0.02)
+    for name, x in found.items():
+        x = x if name == "query" else x[..., begin:end, :]
+        torch.testing.assert_close(x, wanted_gradients[name], rtol=0.05, atol=0.05)
+
+
 def test_the_units_are_not_the_same(monkeypatch):
     """Weights are rounded in pairs and tiles alone: were the switch dead, these tests would prove nothing."""
     host = library.host_module()

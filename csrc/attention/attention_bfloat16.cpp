@@ -124,7 +124,7 @@ struct PairProducts {
   static int64_t natural_size(int64_t width) { return padded(width) * block_queries / 2; }
   static bool natural_in_place(int64_t) { return false; }
   // pairs of keys, twice for tiles, and rows of an odd width
-  static int64_t tile_size(int64_t count, int64_t width) { return 3 * pairs(padded(count)) * padded(width); }
+  static int64_t tile_size(int64_t count, int64_t width) { return 3 * padded(pairs(count)) * padded(width); }
 
   // Rows of pairs, transposed: 32-bit numbers like any other.
   static void pack(const BFloat16* from, int64_t stride, int64_t rows, int64_t width, float, Pair* to) {
@@ -158,7 +158,7 @@ struct PairProducts {
 
     static Keys of(const BFloat16* from, int64_t stride, int64_t count, int64_t width, KeyUse use, float* workspace) {
       auto* memory = reinterpret_cast<Pair*>(workspace);
-      const int64_t size = pairs(padded(count)) * padded(width);
+      const int64_t size = padded(pairs(count)) * padded(width);
       Keys keys{from, stride, {memory, 1, padded(width)}};
       if (use != KeyUse::scores) {
         copy(from, stride, count, width, memory);

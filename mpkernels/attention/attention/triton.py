@@ -108,7 +108,7 @@ class _Problem:
     def settings(self, kernel: str) -> tuple[Settings, dict[str, int]]:
         """What a kernel is specialised for, and its launch options."""
         block_m, block_n, warps, stages = _blocks_of(kernel, self.query.element_size(), self.width)
-        ragged = self.keys % block_n != 0
+        ragged = self.rows % block_m != 0 if kernel == "keys" else self.keys % block_n != 0
         settings = Settings(BLOCK_M=block_m, BLOCK_N=block_n, RAGGED=ragged, **self.flags)
         return settings, {"num_warps": warps, "num_stages": stages}
 
@@ -229,23 +229,29 @@ def backward(
     of_bias = query.new_empty(bias.shape if needs_bias and bias is not None else (0,))
     grad_out = torch.zeros_like(out) if grad_out is None else _rows_of(grad_out)
     out, lse = _rows_of(out), lse.contiguous()
-    delta = torch.empty_like(lse)
     head_of_grad = _strides(grad_out, 3)
 
     settings, options = problem.settings("query")
+    most = max(problem.settings(kernel)[0].BLOCK_M for kernel in ("query", "keys", "bias"))
+    padded = -(-rows // most) * most
+    top = lse.new_empty((batch, heads, padded))
+    delta = torch.empty_like(top)
     row_programs = batch * heads * -(-rows // settings.BLOCK_M)
     problem.launch(
         backward_kernels.attention_backward_delta,
-        row_programs,
+        batch * heads * (padded // settings.BLOCK_M),
         grad_out,
         out,
         grad_lse,
+        lse,
+        top,
         delta,
         *head_of_grad,
         *_strides(out, 3),
         *_strides(grad_lse, 3),
         heads,
         rows,
+        padded,
         settings,
         grad_lse is not None,
     )
@@ -257,7 +263,7 @@ def backward(
         blocks,
         counts,
         grad_out,
-        lse,
+        top,
         delta,
         of_query,
         *problem.strides,
@@ -266,6 +272,7 @@ def backward(
         *problem.masking,
         *plan_strides,
         *problem.sizes,
+        padded,
         *problem.numbers,
         settings,
         **options,
@@ -281,7 +288,7 @@ def backward(
         blocks,
         counts,
         grad_out,
-        lse,
+        top,
         delta,
         of_key,
         of_value,
@@ -292,16 +299,17 @@ def backward(
         *problem.masking,
         *plan_strides,
         *problem.sizes,
+        padded,
         *problem.numbers,
         settings,
         **options,
     )
     if of_bias.numel():
-        _backward_bias(problem, grad_out, lse, delta, of_bias)
+        _backward_bias(problem, grad_out, top, delta, of_bias)
     return of_query, of_key, of_value, of_bias
 
 
-def _backward_bias(problem: _Problem, grad_out: Tensor, lse: Tensor, delta: Tensor, of_bias: Tensor) -> None:
+def _backward_bias(problem: _Problem, grad_out: Tensor, top: Tensor, delta: Tensor, of_bias: Tensor) -> None:
     settings, options = problem.settings("bias")
     bias_batch, bias_heads, bias_rows, keys = of_bias.shape
     sum_rows = bias_rows == 1
@@ -311,7 +319,7 @@ def _backward_bias(problem: _Problem, grad_out: Tensor, lse: Tensor, delta: Tens
         bias_batch * bias_heads * tiles,
         *problem.tensors,
         grad_out,
-        lse,
+        top,
         delta,
         of_bias,
         *problem.strides,
@@ -321,6 +329,7 @@ def _backward_bias(problem: _Problem, grad_out: Tensor, lse: Tensor, delta: Tens
         problem.batch // bias_batch,
         problem.heads // bias_heads,
         *problem.sizes,
+        top.shape[-1],
         *problem.numbers,
         settings,
         sum_rows,
@@ -381,10 +390,10 @@ def _compiled(blocks: str, function, dtype: str, width: int, *has: str) -> Trito
     wide = ("scale", "scale_rest", "softcap", "softcap_rest", "kept", "kept_rest")
     kinds = {"seed": "*i64", "states": "*i8", "mask": "*u8", "threshold": "i64"} | dict.fromkeys(wide, "fp32")
     kinds |= dict.fromkeys(("first", "last", "blocks", "counts"), "*i32")
-    kinds |= dict.fromkeys(("lse", "grad_lse", "delta"), "*fp32")
+    kinds |= dict.fromkeys(("lse", "grad_lse", "top", "delta"), "*fp32")
     tensors = "query key value bias out grad_out grad_query grad_key grad_value grad_bias".split()
     kinds |= dict.fromkeys(tensors, f"*{dtype}")
-    counts = "heads group rows keys lines slots plan_heads bias_heads batch_share head_share".split()
+    counts = "heads group rows keys lines slots padded plan_heads bias_heads batch_share head_share".split()
     kinds |= dict.fromkeys(counts, "i32")
 
     def kind(argument: str) -> str:

@@ -7,10 +7,11 @@ factors (1 without it):
     delta_i  = dO_i . O_i - dl_i                    dS_ij = P_ij (D_ij dO_i . v_j - delta_i)    = dbias_ij
     dX_ij    = scale cap'(.) dS_ij                  dQ_i = sum_j dX_ij k_j         dK_j = sum_i dX_ij q_i
 
-Shapes as in schema.py; delta is (B, H, L) in the type that is computed in.
+Shapes as in schema.py. top and delta are (B, H, L padded to whole blocks) in the type that is computed in; top is +inf,
+and so all weights 0, where a row sees nothing or is padding.
 
 Decomposition, without atomics, every sum in the order of a loop:
-    attention_backward_delta  a program a block of queries
+    attention_backward_delta  a program a block of queries: delta, and top = log2(e) lse
     attention_backward_keys   a program BLOCK_N keys of one key head: dK and dV stay in registers while it walks over the
                               query heads of the group and, in each, over the query blocks that see the keys. Its tiles
                               are (keys, queries), so that the weights enter the products with dO and q as they are.
@@ -55,7 +56,9 @@ def attention_backward_delta(
     grad_out,
     out,
     grad_lse,  # (B, H, L)
-    delta,  # (B, H, L)
+    lse,  # (B, H, L)
+    top,  # (B, H, padded)
+    delta,  # (B, H, padded)
     grad_batch,
     grad_head,
     grad_row,
@@ -67,14 +70,15 @@ def attention_backward_delta(
     grad_lse_row,
     heads,
     rows,
+    padded,
     S: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
 ):
-    """delta of BLOCK_M queries."""
+    """top and delta of BLOCK_M queries, there or not."""
     program = tl.program_id(0)
     rows = number(rows)
     BLOCK_M: tl.constexpr = S.BLOCK_M
-    row_blocks = (rows + BLOCK_M - 1) // BLOCK_M
+    row_blocks = padded // BLOCK_M
     start = (program % row_blocks) * BLOCK_M
     head_of_all = program // row_blocks
     batch = (head_of_all // heads).to(tl.int64)
@@ -88,39 +92,42 @@ def attention_backward_delta(
     if HAS_GRAD_LSE:
         grad_lse += batch * grad_lse_batch + head * grad_lse_head
         found -= tl.load(grad_lse + row.to(tl.int64) * grad_lse_row, mask=row < rows, other=0.0).to(S.COMPUTE)
-    tl.store(delta + head_of_all.to(tl.int64) * rows + row, found, mask=row < rows)
+    at_rows = head_of_all.to(tl.int64) * padded
+    ended = tl.load(lse + head_of_all.to(tl.int64) * rows + row, mask=row < rows, other=float("-inf"))
+    tl.store(top + at_rows + row, tl.where(ended == float("-inf"), float("inf"), ended * LOG2_E))
+    tl.store(delta + at_rows + row, found)
 
 
 @triton.jit
-def _load_top(lse, row, rows, COMPUTE: tl.constexpr):
-    """lse in units of ln 2; +inf where a row sees nothing or does not exist, so that its weights are 0."""
-    top = tl.load(lse + row, mask=row < rows, other=float("-inf"))
-    return tl.where(top == float("-inf"), float("inf"), top * LOG2_E).to(COMPUTE)
-
-
-@triton.jit
-def _differentiate(
-    dots, grads, row, column, top, delta, visible, dropped, tensors, strides, numbers, S: tl.constexpr, MASKED: tl.constexpr
-):
-    """(weights as they meet the values, gradient of the scores, gradient of the dot products without scale).
-
-    ``dots`` are q . k and ``grads`` dO . v; the rest broadcasts against them.
-    """
+def _weigh(dots, row, column, top, tensors, strides, numbers, S: tl.constexpr):
+    """Weights of the dot products q . k, nothing masked or dropped yet, and the slope of the softcap."""
     scores, slope = logits(dots, row, column, tensors, strides, numbers, S)
-    weights = tl.exp2(scores - top)
+    return tl.exp2(scores - top), slope
+
+
+@triton.jit
+def _kept(weights, visible, dropped, S: tl.constexpr, MASKED: tl.constexpr):
+    """The weights as they meet the values (but for the factor of those that dropout keeps)."""
+    if S.HAS_DROPOUT:
+        weights = tl.where(dropped, 0.0, weights)
+    if MASKED:
+        weights = tl.where(visible, weights, 0.0)
+    return weights
+
+
+@triton.jit
+def _differentiate(weights, slope, grads, delta, visible, dropped, numbers, S: tl.constexpr, MASKED: tl.constexpr):
+    """Gradients of the scores, and of the dot products but for the scale; ``grads`` are dO . v."""
     if S.HAS_DROPOUT:
         grads = tl.where(dropped, 0.0, grads * numbers[6])
     grad_scores = weights * (grads - delta)
     grad_dots = grad_scores
     if S.HAS_SOFTCAP:
         grad_dots = grad_scores * slope
-    if S.HAS_DROPOUT:
-        weights = tl.where(dropped, 0.0, weights)
     if MASKED:
-        weights = tl.where(visible, weights, 0.0)
         grad_scores = tl.where(visible, grad_scores, 0.0)
         grad_dots = tl.where(visible, grad_dots, 0.0)
-    return weights, grad_scores, grad_dots
+    return grad_scores, grad_dots
 
 
 @triton.jit
@@ -140,9 +147,8 @@ def _query_tile(acc, q, grad, block, place, key, value, tensors, strides, number
         visible = pair_visible(line, column, begin[:, None], end[:, None], tensors, strides, numbers, S)
     if S.HAS_DROPOUT:
         dropped = tile_dropped(line, start, tensors[2], numbers, S.BLOCK_N, False)
-    _, _, grad_dots = _differentiate(
-        dots, grads, line, column, top[:, None], delta[:, None], visible, dropped, tensors, strides, numbers, S, MASKED
-    )
+    weights, slope = _weigh(dots, line, column, top[:, None], tensors, strides, numbers, S)
+    _, grad_dots = _differentiate(weights, slope, grads, delta[:, None], visible, dropped, numbers, S, MASKED)
     return tl.dot(grad_dots.to(k.dtype), k, acc, input_precision=S.PRECISION, out_dtype=S.COMPUTE)
 
 
@@ -159,9 +165,8 @@ def _query_key(acc, query, grad_out, at_key, place, key, value, tensors, strides
     dropped = dots
     if S.HAS_DROPOUT:
         dropped = key_dropped(row, at_key, tensors[2], numbers)
-    _, _, grad_dots = _differentiate(
-        dots, grads, row, column, top, delta, visible, dropped, tensors, strides, numbers, S, True
-    )
+    weights, slope = _weigh(dots, row, column, top, tensors, strides, numbers, S)
+    _, grad_dots = _differentiate(weights, slope, grads, delta, visible, dropped, numbers, S, True)
     k = load_vector(key[0], at_key, key[1], S.E, S.BLOCK_E, S.COMPUTE)
     return acc + tl.where(visible[:, None], grad_dots[:, None] * k[None, :], 0.0)
 
@@ -179,7 +184,7 @@ def attention_backward_query(
     blocks,  # (P, blocks of queries, slots): the lists of triton_plan, where there is a dense mask
     counts,
     grad_out,
-    lse,
+    top,
     delta,
     grad_query,
     query_batch,
@@ -213,6 +218,7 @@ def attention_backward_query(
     group,
     rows,
     keys,
+    padded,
     scale,  # scale, softcap and kept are each the sum of a float32 and the rest of a float64
     scale_rest,
     softcap,
@@ -263,10 +269,8 @@ def attention_backward_query(
         blocks += line * slots
         partial = tl.load(counts + line * 2)
         full = tl.load(counts + line * 2 + 1)
-    at_rows = head_of_all.to(tl.int64) * rows
-    top = _load_top(lse + at_rows, row, rows, S.COMPUTE)
-    deltas = tl.load(delta + at_rows + row, mask=row < rows, other=0.0)
-    place = (row, begin, end, low, high, top, deltas)
+    at_rows = head_of_all.to(tl.int64) * padded
+    place = (row, begin, end, low, high, tl.load(top + at_rows + row), tl.load(delta + at_rows + row))
 
     acc = tl.zeros((BLOCK_M, BLOCK_E), S.COMPUTE)
     q = load_tile(queries[0], queries[2], query_row, 0, rows, S.E, BLOCK_E, BLOCK_M, True)
@@ -297,16 +301,15 @@ def attention_backward_query(
 def _keys_tile(state, k, v, column, block, queries, tensors, strides, numbers, S: tl.constexpr, MASKED: tl.constexpr):
     """dK and dV over a block of queries, by products of tiles (keys, queries)."""
     of_key, of_value = state
-    query, query_row, grad_out, grad_row, lse, delta, first, last = queries
+    query, query_row, grad_out, grad_row, top, delta, first, last = queries
     rows = numbers[0]
     start = block * S.BLOCK_M
     row = start + tl.arange(0, S.BLOCK_M)
-    q = load_tile(query, start, query_row, 0, rows, S.E, S.BLOCK_E, S.BLOCK_M, True)
-    grad = load_tile(grad_out, start, grad_row, 0, rows, S.F, S.BLOCK_F, S.BLOCK_M, True)
-    top = _load_top(lse, row, rows, S.COMPUTE)
-    deltas = tl.load(delta + row, mask=row < rows, other=0.0)
+    q = load_tile(query, start, query_row, 0, rows, S.E, S.BLOCK_E, S.BLOCK_M, S.RAGGED)
+    grad = load_tile(grad_out, start, grad_row, 0, rows, S.F, S.BLOCK_F, S.BLOCK_M, S.RAGGED)
+    tops = tl.load(top + row)
+    deltas = tl.load(delta + row)
     dots = tl.dot(k, tl.trans(q), input_precision=S.PRECISION, out_dtype=S.COMPUTE)
-    grads = tl.dot(v, tl.trans(grad), input_precision=S.PRECISION, out_dtype=S.COMPUTE)
     line = row[None, :]
     visible = dots
     dropped = dots
@@ -315,22 +318,11 @@ def _keys_tile(state, k, v, column, block, queries, tensors, strides, numbers, S
         visible = pair_visible(line, column[:, None], begin[None, :], end[None, :], tensors, strides, numbers, S)
     if S.HAS_DROPOUT:
         dropped = tile_dropped(line, tl.min(column, axis=0), tensors[2], numbers, S.BLOCK_N, True)
-    weights, _, grad_dots = _differentiate(
-        dots,
-        grads,
-        line,
-        column[:, None],
-        top[None, :],
-        deltas[None, :],
-        visible,
-        dropped,
-        tensors,
-        strides,
-        numbers,
-        S,
-        MASKED,
-    )
-    of_value = tl.dot(weights.to(grad.dtype), grad, of_value, input_precision=S.PRECISION, out_dtype=S.COMPUTE)
+    weights, slope = _weigh(dots, line, column[:, None], tops[None, :], tensors, strides, numbers, S)
+    meeting = _kept(weights, visible, dropped, S, MASKED)
+    of_value = tl.dot(meeting.to(grad.dtype), grad, of_value, input_precision=S.PRECISION, out_dtype=S.COMPUTE)
+    grads = tl.dot(v, tl.trans(grad), input_precision=S.PRECISION, out_dtype=S.COMPUTE)
+    _, grad_dots = _differentiate(weights, slope, grads, deltas[None, :], visible, dropped, numbers, S, MASKED)
     of_key = tl.dot(grad_dots.to(q.dtype), q, of_key, input_precision=S.PRECISION, out_dtype=S.COMPUTE)
     return of_key, of_value
 
@@ -339,14 +331,14 @@ def _keys_tile(state, k, v, column, block, queries, tensors, strides, numbers, S
 def _keys_row(state, key, value, column, row, queries, tensors, strides, numbers, S: tl.constexpr):
     """dK and dV over one query, without a product that a hidden number takes part in."""
     of_key, of_value = state
-    query, query_row, grad_out, grad_row, lse, delta, first, last = queries
+    query, query_row, grad_out, grad_row, top, delta, first, last = queries
     rows, keys = numbers[0], numbers[1]
     start = tl.min(column, axis=0)
     at_q, at_grad = query + wide(row) * query_row, grad_out + wide(row) * grad_row
     dots = dot_with_rows(key[0], start, key[1], keys, at_q, S.E, S.BLOCK_E, S, S.BLOCK_N)
     grads = dot_with_rows(value[0], start, value[1], keys, at_grad, S.F, S.BLOCK_F, S, S.BLOCK_N)
     line = tl.zeros(column.shape, tl.int32) + row
-    top = _load_top(lse, line, rows, S.COMPUTE)
+    tops = tl.load(top + line)
     deltas = tl.load(delta + line)
     begin, end = load_interval(first, last, line, rows, S.HAS_INTERVALS)
     visible = pair_visible(line, column, begin, end, tensors, strides, numbers, S)
@@ -354,9 +346,9 @@ def _keys_row(state, key, value, column, row, queries, tensors, strides, numbers
     if S.HAS_DROPOUT:
         one = tl.zeros((1, 1), tl.int32) + row
         dropped = tl.reshape(tile_dropped(one, start, tensors[2], numbers, S.BLOCK_N, True), column.shape)
-    weights, _, grad_dots = _differentiate(
-        dots, grads, line, column, top, deltas, visible, dropped, tensors, strides, numbers, S, True
-    )
+    weights, slope = _weigh(dots, line, column, tops, tensors, strides, numbers, S)
+    _, grad_dots = _differentiate(weights, slope, grads, deltas, visible, dropped, numbers, S, True)
+    weights = _kept(weights, visible, dropped, S, True)
     q = load_vector(query, row, query_row, S.E, S.BLOCK_E, S.COMPUTE)
     grad = load_vector(grad_out, row, grad_row, S.F, S.BLOCK_F, S.COMPUTE)
     of_value += tl.where(visible[:, None], weights[:, None] * grad[None, :], 0.0)
@@ -377,7 +369,7 @@ def attention_backward_keys(
     blocks,  # (P, blocks of keys, slots): the lists of triton_plan, where there are intervals or a dense mask
     counts,
     grad_out,
-    lse,
+    top,
     delta,
     grad_key,
     grad_value,
@@ -415,6 +407,7 @@ def attention_backward_keys(
     group,
     rows,
     keys,
+    padded,
     scale,  # scale, softcap and kept are each the sum of a float32 and the rest of a float64
     scale_rest,
     softcap,
@@ -457,16 +450,16 @@ def attention_backward_keys(
 
     # partial blocks of all heads of the group, those again where a NaN was met, then full blocks of all heads
     for turn in tl.static_range(0 if LISTED else 2, 3):
-        again = turn != 1
+        again = True
         if turn == 1:
             again = not_finite(state[0]) | not_finite(state[1])
-            if again:
-                state = (tl.zeros((BLOCK_N, BLOCK_E), S.COMPUTE), tl.zeros((BLOCK_N, BLOCK_F), S.COMPUTE))
         if again:
+            if turn == 1:
+                state = (tl.zeros((BLOCK_N, BLOCK_E), S.COMPUTE), tl.zeros((BLOCK_N, BLOCK_F), S.COMPUTE))
             for member in range(0, group):
                 head = key_of * group + member
                 head_of_all = batch * heads + head.to(tl.int32)
-                at_rows = head_of_all.to(tl.int64) * rows
+                at_rows = head_of_all.to(tl.int64) * padded
                 list_of, mask_of, bias_of, first_of, last_of = 0, 0, 0, 0, 0  # what is absent
                 count = slots
                 if LISTED:
@@ -489,7 +482,7 @@ def attention_backward_keys(
                     query_row,
                     grad_out + wide_batch * grad_batch + head * grad_head,
                     grad_row,
-                    lse + at_rows,
+                    top + at_rows,
                     delta + at_rows,
                     first_of,
                     last_of,
@@ -533,7 +526,7 @@ def attention_backward_bias(
     bias,
     seed,
     grad_out,
-    lse,
+    top,
     delta,
     grad_bias,  # (1 or B, 1 or H, 1 or L, S)
     query_batch,
@@ -565,6 +558,7 @@ def attention_backward_bias(
     group,
     rows,
     keys,
+    padded,
     scale,  # scale, softcap and kept are each the sum of a float32 and the rest of a float64
     scale_rest,
     softcap,
@@ -607,7 +601,7 @@ def attention_backward_bias(
             head = part % bias_heads + next_head
             key_of = head // group
             head_of_all = (batch * heads + head).to(tl.int32)
-            at_rows = head_of_all.to(tl.int64) * rows
+            at_rows = head_of_all.to(tl.int64) * padded
             numbers = (rows, keys, inner, outer, threshold, head_of_all, factor_kept)
             mask_of, first_of, last_of = 0, 0, 0
             if S.HAS_MASK:
@@ -635,25 +629,14 @@ def attention_backward_bias(
                     grad = load_tile(at_grad, block * BLOCK_M, grad_row, 0, rows, S.F, S.BLOCK_F, BLOCK_M, True)
                     v = load_tile(at_value, start, value_row, 0, keys, S.F, S.BLOCK_F, BLOCK_N, True)
                     grads = tl.dot(grad, tl.trans(v), input_precision=S.PRECISION, out_dtype=S.COMPUTE)
-                    top = _load_top(lse + at_rows, row, rows, S.COMPUTE)
-                    deltas = tl.load(delta + at_rows + row, mask=row < rows, other=0.0)
+                    tops = tl.load(top + at_rows + row)
+                    deltas = tl.load(delta + at_rows + row)
                     dropped = dots
                     if S.HAS_DROPOUT:
                         dropped = tile_dropped(line, start, seed_value, numbers, BLOCK_N, False)
-                    _, grad_scores, _ = _differentiate(
-                        dots,
-                        grads,
-                        line,
-                        column[None, :],
-                        top[:, None],
-                        deltas[:, None],
-                        visible,
-                        dropped,
-                        tensors,
-                        strides,
-                        numbers,
-                        S,
-                        True,
+                    weights, slope = _weigh(dots, line, column[None, :], tops[:, None], tensors, strides, numbers, S)
+                    grad_scores, _ = _differentiate(
+                        weights, slope, grads, deltas[:, None], visible, dropped, numbers, S, True
                     )
                     if SUM_ROWS:
                         acc += tl.sum(grad_scores, axis=0)

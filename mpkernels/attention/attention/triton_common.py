@@ -39,7 +39,7 @@ class Settings:
     HAS_BIAS: bool
     HAS_SOFTCAP: bool
     HAS_DROPOUT: bool
-    RAGGED: bool  # whether the last block of keys is cut off
+    RAGGED: bool  # whether the last block that a program walks over is cut off
     SCALE_LAST: bool  # whether scores are only a positive scale away from dot products
     COMPUTE: tl.dtype
     PRECISION: str  # of products of float32

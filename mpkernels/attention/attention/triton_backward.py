@@ -101,7 +101,7 @@ def attention_backward_delta(
 @triton.jit
 def _weigh(dots, row, column, top, tensors, strides, numbers, S: tl.constexpr):
     """Weights of the dot products q . k, nothing masked or dropped yet, and the slope of the softcap."""
-    scores, slope = logits(dots, row, column, tensors, strides, numbers, S)
+    scores, slope = logits(dots, row, column, tensors, strides, numbers, S)  # pyright: ignore[reportGeneralTypeIssues]
     return tl.exp2(scores - top), slope
 
 

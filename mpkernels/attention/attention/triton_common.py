@@ -238,7 +238,7 @@ def logits(dots, row, column, tensors, strides, numbers, S: tl.constexpr):
     rows, keys, inner, outer = numbers[0], numbers[1], numbers[2], numbers[3]
     slope = dots
     if S.HAS_SOFTCAP:
-        capped, slope = tanh(dots * inner, S.COMPUTE)
+        capped, slope = tanh(dots * inner, S.COMPUTE)  # pyright: ignore[reportGeneralTypeIssues]
         scores = capped * outer
     else:
         scores = dots * outer

@@ -22,6 +22,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 MOST = tl.constexpr(2147483647)
+HIDES = tl.constexpr(-1e30)  # a bias of this or less, as schema.py has it
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,8 @@ def logits(dots, row, column, tensors, strides, numbers, S: tl.constexpr):
         scores = dots * outer
     if S.HAS_BIAS:
         at = tensors[1] + row.to(tl.int64) * strides[2] + column.to(tl.int64) * strides[3]
-        scores += tl.load(at, mask=(row < rows) & (column < keys), other=0.0).to(S.COMPUTE) * LOG2_E
+        added = tl.load(at, mask=(row < rows) & (column < keys), other=0.0).to(S.COMPUTE)
+        scores = tl.where(added <= HIDES, float("-inf"), scores + added * LOG2_E)
     return scores, slope
 
 

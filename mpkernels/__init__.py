@@ -1,7 +1,7 @@
 """mpkernels: hand-written kernels for machine perception, with one meaning on CPU, Triton and CUDA."""
 
+from mpkernels import attention, masks, splatting
 from mpkernels import library as _library
-from mpkernels import splatting
 from mpkernels.backends import BACKENDS, BackendError, use_backend
 from mpkernels.volume import CompositeOutput, composite, composite_from_alphas
 
@@ -11,8 +11,10 @@ __all__ = [
     "BACKENDS",
     "BackendError",
     "CompositeOutput",
+    "attention",
     "composite",
     "composite_from_alphas",
+    "masks",
     "splatting",
     "use_backend",
 ]

@@ -371,7 +371,7 @@ def _backward_bias(problem: _Problem, grad_out: Tensor, top: Tensor, delta: Tens
     )
 
 
-def compiled_kernels() -> tuple[TritonKernel, ...]:
+def kernels_to_compile() -> tuple[TritonKernel, ...]:
     """The specialisations that the compile gates build, each for the architectures that take its blocks."""
     everything = ("MASK", "BIAS", "SOFTCAP", "DROPOUT")
     forward, query = forward_kernels.attention_forward, backward_kernels.attention_backward_query

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ def _attention(*, visible: Tensor | None = None, **arguments) -> tuple[Tensor, .
     if visible is not None:
         mask = arguments.get("mask")
         arguments["mask"] = visible if mask is None else mask & masks.dense(visible)
-    found = api.attention(**({"return_lse": True} | arguments))
+    given: dict[str, Any] = {"return_lse": True} | arguments
+    found = api.attention(**given)
     return found if isinstance(found, tuple) else (found,)
 
 
@@ -149,7 +151,7 @@ def _hides_by_bias(arguments: dict, generator: torch.Generator) -> None:
     bias[..., 2, :] = -torch.inf
 
 
-_SMALL = {"lengths": (2, 3), "sizes": (2, 1)}
+_SMALL: dict[str, Any] = {"lengths": (2, 3), "sizes": (2, 1)}
 
 _CASES = (
     Case("small", _case(1, **_SMALL), second_order=True),

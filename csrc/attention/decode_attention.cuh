@@ -33,6 +33,8 @@ constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int warps_per_block = 4;
 constexpr int threads_per_block = warps_per_block * warp_lanes;
 constexpr int64_t piece_keys = 256;
+template <typename T>
+constexpr T hiding_bias = T(-1e30);  // and less hides a key
 
 template <typename S>
 struct ComputeType {
@@ -226,7 +228,7 @@ __device__ __forceinline__ void add_keys(const Problem<S>& in, const Place<S>& a
         if (seen && in.mask != nullptr) seen = in.mask[rows.mask[j] + position * in.mask_strides.key];
         if (seen && in.bias != nullptr) {
           const T added = static_cast<T>(in.bias[rows.bias[j] + position * in.bias_strides.key]);
-          seen = added != minus_infinity<T>();
+          seen = !(added <= hiding_bias<T>);
           score += added;
         }
         if (!seen) score = minus_infinity<T>();

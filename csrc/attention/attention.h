@@ -101,6 +101,9 @@ struct Place {
   int64_t b, h, query, rows, key, count;
 };
 
+// What products need a tile of keys for: scores, sums over keys (add_columns), or both.
+enum class KeyUse { scores, columns, both };
+
 enum class Seen { none, some, all };
 
 // Whether the queries of a tile see its keys, as far as the dense mask goes.

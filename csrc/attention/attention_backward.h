@@ -139,17 +139,19 @@ class BackwardTile {
     const int64_t count = std::min(backward_keys, p_.keys - key);
     const int64_t width = Products::padded(p_.width), value_width = Products::padded(p_.value_width);
     const S* keys = p_.key.at(b, kv, key);
+    [[maybe_unused]] const typename Products::Session session{};
     std::memset(static_cast<void*>(of_keys_), 0, static_cast<size_t>(count * width) * sizeof(T));
     std::memset(static_cast<void*>(of_values_), 0, static_cast<size_t>(count * value_width) * sizeof(T));
-    const Keys tile(keys, p_.key.row, count, p_.width, keys_);
-    const Keys values(p_.value.at(b, kv, key), p_.value.row, count, p_.value_width, values_);
+    const Keys tile = Keys::of(keys, p_.key.row, count, p_.width, KeyUse::both, keys_);
+    const Keys values = Keys::of(p_.value.at(b, kv, key), p_.value.row, count, p_.value_width, KeyUse::scores, values_);
     finite_keys_ = all_finite(keys, p_.key.row, count, p_.width);
     for (int64_t h = kv * p_.group(); h < (kv + 1) * p_.group(); ++h) {
       for (int64_t block = 0; block < p_.query_blocks(); ++block) {
         const int64_t index = (b * p_.heads + h) * p_.query_blocks() + block;
         const KeyRange& range = prepared_.ranges[index];
-        const int64_t from = std::max(key, range.low), to = std::min(key + count, range.high);
-        if (from >= to) continue;
+        const int64_t from = key + std::max<int64_t>(range.low - key, 0) / 2 * 2;  // products take keys in pairs
+        const int64_t to = std::min(key + count, key + (range.high - key + 1) / 2 * 2);
+        if (std::max(from, range.low) >= std::min(to, range.high)) continue;
         const int64_t i0 = block * block_queries;
         const Place at{b, h, i0, std::min(block_queries, p_.queries - i0), from, to - from};
         const Seen seen = seen_by_mask(p_, at);
@@ -179,7 +181,7 @@ class BackwardTile {
     const int64_t blocks = p_.batches * p_.heads * p_.query_blocks();
     T* of_queries = prepared_.sums + (split_ * blocks + index) * p_.width * block_queries;
     Products::scores(keys, prepared_.query + index * Products::packed_size(p_.width), at.count, at.rows, p_.width,
-                     weights_);
+                     static_cast<T>(p_.factor()), weights_);
     checked = finish_scores<T>(p_, at, checked, weights_, workspace_, slopes_);
     weigh(at, prepared_.lse + index * block_queries, vectors, checked);
     const bool dropping = p_.dropout_p > 0;
@@ -187,7 +189,7 @@ class BackwardTile {
     const bool exact = checked && !(prepared_.finite[index] && finite_keys_);
     if (g_.grad_out.data != nullptr) {
       Products::scores(values, prepared_.grad_out + index * Products::packed_size(p_.value_width), at.count, at.rows,
-                       p_.value_width, gradients_);
+                       p_.value_width, T(1), gradients_);
       const T* dropped = weights_;
       if (dropping) {
         product(weights_, keep_, workspace_, at.count, vectors);

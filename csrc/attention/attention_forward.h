@@ -25,6 +25,7 @@ class ForwardBlock {
   using S = typename Products::Element;
   using T = typename Products::T;
   using Packed = typename Products::Packed;
+  using Keys = typename Products::Keys;
 
  public:
   ForwardBlock(const Problem<S>& problem, int64_t b, int64_t h, int64_t block)
@@ -48,6 +49,7 @@ class ForwardBlock {
   }
 
   void run(const Heads<S>& out, T* lse) {
+    [[maybe_unused]] const typename Products::Session session{};
     const T factor = static_cast<T>(p_.factor());
     Products::pack(p_.query.at(b_, h_, query_), p_.query.row, rows_, p_.width, factor, packed_);
     for (int64_t n = 0; n < vectors_; ++n) {
@@ -90,20 +92,31 @@ class ForwardBlock {
     const int64_t g = h_ / p_.group();
     const S* keys = p_.key.at(b_, g, at.key);
     const S* values = p_.value.at(b_, g, at.key);
-    Products::scores({keys, p_.key.row, at.count, p_.width, keys_}, packed_, at.count, rows_, p_.width, scores_);
+    const Keys tile = Keys::of(keys, p_.key.row, at.count, p_.width, KeyUse::scores, keys_);
+    Products::scores(tile, packed_, at.count, rows_, p_.width, static_cast<T>(p_.factor()), scores_);
     checked = finish_scores<T>(p_, at, checked, scores_, workspace_, static_cast<T*>(nullptr));
-    exponentials(at.count);
+    if (checked) {
+      exponentials<true>(at.count);
+    } else {
+      exponentials<false>(at.count);
+    }
     if (p_.dropout_p > 0) drop(at);
-    const typename Products::Keys tile(values, p_.value.row, at.count, p_.value_width, values_);
     if (checked && !all_finite(values, p_.value.row, at.count, p_.value_width)) {
       add_visible(values, at.count);
     } else {
-      Products::add_columns(tile, scores_, at.count, rows_, p_.value_width, sums_, factor_);
+      const Keys transposed = Keys::of(values, p_.value.row, at.count, p_.value_width, KeyUse::columns, values_);
+      Products::add_columns(transposed, scores_, at.count, rows_, p_.value_width, sums_, factor_);
     }
   }
 
   // Scores become weights relative to the new maximum; what was summed so far is scaled to it.
+  template <bool CHECKED>
   void exponentials(int64_t count) {
+    // what is hidden weighs 0, not 2^-126
+    const auto weigh = [](Vector<T> score, Vector<T> base) {
+      const Vector<T> weight = power_of_two<T>(score - base);
+      return CHECKED ? select<T>(score == hidden<T>, Vector<T>{}, weight) : weight;
+    };
     for (int64_t n = 0; n < vectors_; ++n) {
       T* scores = scores_ + n * lanes<T>;
       const Vector<T> before = load_raw(highest_ + n * lanes<T>);
@@ -120,18 +133,18 @@ class ForwardBlock {
         highest[0] = x > highest[0] ? x : highest[0];
       }
       const Vector<T> after = highest[0] > highest[1] ? highest[0] : highest[1];
-      // a row that has seen nothing: everything hidden is then far below 0, and weighs 0
+      // a row that has seen nothing yet: any base will do
       const Vector<T> base = after > hidden<T> ? after : Vector<T>{};
       Vector<T> totals[2] = {};
       for (k = 0; k + 2 <= count; k += 2) {
         for (int64_t i = 0; i < 2; ++i) {
-          const Vector<T> weight = power_of_two<T>(load_raw(scores + (k + i) * block_queries) - base);
+          const Vector<T> weight = weigh(load_raw(scores + (k + i) * block_queries), base);
           store<T>(scores + (k + i) * block_queries, weight);
           totals[i] += weight;
         }
       }
       if (k < count) {
-        const Vector<T> weight = power_of_two<T>(load_raw(scores + k * block_queries) - base);
+        const Vector<T> weight = weigh(load_raw(scores + k * block_queries), base);
         store<T>(scores + k * block_queries, weight);
         totals[0] += weight;
       }

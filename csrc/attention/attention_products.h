@@ -16,6 +16,7 @@ struct WideProducts {
   using T = Compute<S>;
   using Packed = T;   // numbers of packed blocks
   using Natural = T;  // numbers of natural blocks
+  struct Session {};  // nothing to set up
   static constexpr bool widened = !std::is_same_v<S, T>;
 
   static int64_t padded(int64_t width) { return vectors_for(width, lanes<T>) * lanes<T>; }
@@ -43,30 +44,24 @@ struct WideProducts {
     }
   }
 
-  // A tile of keys or values.
+  // A tile of keys or values. `both`: for scores and for add_columns; a kind of products may lay them out by their use.
   struct Keys {
     Left<T> rows;  // A(key, d)
 
-    Keys(const S* from, int64_t stride, int64_t count, int64_t width, T* workspace) {
+    static Keys of(const S* from, int64_t stride, int64_t count, int64_t width, KeyUse, T* workspace) {
       if constexpr (widened) {
         copy(from, stride, count, width, workspace);
-        rows = {workspace, padded(width), 1};
+        return {{workspace, padded(width), 1}};
       } else {
-        rows = {from, stride, 1};
+        return {{from, stride, 1}};
       }
     }
-    Keys from(int64_t key) const {
-      Keys other = *this;
-      other.rows = rows.from_row(key);
-      return other;
-    }
-
-   private:
-    Keys(const Keys&) = default;
+    // the keys from an even one on
+    Keys from(int64_t key) const { return {rows.from_row(key)}; }
   };
 
-  // scores (count, 64) = keys (count, width) packed (width, 64)
-  static void scores(const Keys& keys, const Packed* packed, int64_t count, int64_t rows, int64_t width, T* to) {
+  // scores (count, 64) = factor keys (count, width) packed (width, 64); the packed block has the factor already
+  static void scores(const Keys& keys, const Packed* packed, int64_t count, int64_t rows, int64_t width, T, T* to) {
     multiply<T>(keys.rows, packed, block_queries, to, block_queries, count, vectors_for(rows, lanes<T>), width, false);
   }
   // sums (width, 64) += keys^T (width, count) tile (count, 64)

@@ -223,7 +223,7 @@ __device__ __forceinline__ void add_keys(const Problem<S>& in, const Place<S>& a
       if (in.softcap > 0) score = in.softcap * tanh(score / in.softcap);
       if (!plain) {
         const int index = start + u * Shape::slots + slot;
-        bool seen = index < end && index >= rows.first[j] && index < rows.last[j];
+        bool seen = index >= rows.first[j] && index < rows.last[j];
         const int64_t position = at.begin + index;
         if (seen && in.mask != nullptr) seen = in.mask[rows.mask[j] + position * in.mask_strides.key];
         if (seen && in.bias != nullptr) {

@@ -14,7 +14,7 @@ from mpkernels.testing import compare, strategies
 from mpkernels.testing.properties import OpProperties
 
 FUZZ = settings(
-    max_examples=15,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     # one test runs in several subclasses, and fibres take their time
@@ -240,7 +240,7 @@ class TestCpu(DecodeAttentionProperties):
         for others in found[1:]:
             assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
-    @pytest.mark.parametrize("width", [8, 32, 40, 64, 96, 100, 128, 256])
+    @pytest.mark.parametrize("width", [8, 40, 64, 100, 256])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_types_at_every_width(self, dtype, width):
         """bfloat16 rows are kept in another order inside the kernel, by pairs of vectors and what is left."""

@@ -297,9 +297,10 @@ __device__ __forceinline__ void merge_slots(Sums<T, R, Layout<S, Width, R>::elem
   }
 }
 
-// Width: a multiple of 64 that E and F do not exceed. R: rows of a block.
+// Width: a multiple of 64 that E and F do not exceed. R: rows of a block. (Two or three blocks of a multiprocessor are
+// named, or ptxas takes fewer registers on sm_80, and spills.)
 template <typename S, int Width, int R>
-__global__ void __launch_bounds__(threads_per_block)
+__global__ void __launch_bounds__(threads_per_block, R == 1 ? 3 : 2)
     piece_kernel(const Problem<S> in,
                  Softmax<Compute<S>>* softmax,  // (B, G, pieces, rows)
                  Compute<S>* partial,           // (B, G, pieces, rows, F), unwritten where no row of a block sees a key
@@ -389,7 +390,7 @@ __global__ void __launch_bounds__(threads_per_block)
 
 // The pieces of a row, in the order of the keys; a block takes a row.
 template <typename S, typename T = Compute<S>>
-__global__ void __launch_bounds__(threads_per_block)
+__global__ void __launch_bounds__(threads_per_block, 8)
     merge_kernel(const Problem<S> in,
                  const Softmax<T>* softmax,  // (B, G, pieces, rows)
                  const T* partial,           // (B, G, pieces, rows, F)

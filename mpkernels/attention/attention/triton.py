@@ -24,16 +24,16 @@ from mpkernels.spec import TritonKernel
 _CHUNK = 128  # blocks that the kernels of the plan look at together
 
 # (queries, keys, warps, stages) by kernel and bytes of an element, then by padded head size. Chosen by registers and
-# shared memory: an accumulator of 128 x 128 is 64 registers a thread of 8 warps, and each entry compiles without spills
-# on every architecture. No GPU has measured them yet.
+# shared memory: an accumulator of 128 x 128 is 64 registers a thread of 8 warps; what kernels_to_compile names spills
+# nothing on the architectures that take it. No GPU has measured them yet.
 _BLOCKS = {
     ("forward", 2): {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
-    ("query", 2): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
+    ("query", 2): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
     ("keys", 2): {64: (32, 128, 8, 2), 128: (32, 32, 4, 1), 256: (16, 32, 8, 1)},
     ("bias", 2): {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)},
-    ("forward", 4): {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+    ("forward", 4): {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
     ("query", 4): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
-    ("keys", 4): {64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    ("keys", 4): {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     ("bias", 4): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     ("forward", 8): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     ("query", 8): {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
@@ -55,7 +55,7 @@ _BLOCKS_LOADED = {
     ("query", 2): {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
     ("keys", 2): {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
 }
-_INTERPRETED = (16, 16, 4, 1)  # the least that a product of tiles takes: small inputs still have several blocks
+_INTERPRETED = 16  # the least that a product of tiles takes: small inputs still have several blocks
 
 
 def _padded(width: int) -> int:
@@ -135,7 +135,8 @@ class _Problem:
     def settings(self, kernel: str) -> tuple[Settings, dict[str, int]]:
         """What a kernel is specialised for, and its launch options."""
         if library.triton_interpreted():
-            block_m, block_n, warps, stages = _INTERPRETED
+            block_m = block_n = _INTERPRETED if max(self.rows, self.keys) <= 48 else 2 * _INTERPRETED
+            warps, stages = 4, 1
         else:
             arch = _arch(self.query.device)
             blocks = _blocks_of(kernel, self.query.element_size(), self.width, self.loaded, arch)

@@ -43,7 +43,7 @@ lint: $(READY)
 bench: $(READY)
 	$(RUN) -m mpkernels bench $(OPS) --record
 
-# the tables of README.md, from the specs and the recorded results
+# the tables of README.md and docs/, from the specs and the recorded results
 tables: $(READY)
 	$(RUN) benchmarks/tables.py
 

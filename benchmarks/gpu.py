@@ -7,6 +7,7 @@
 2. ``sanitize``: the small cases of every op on backend cuda, forward and backward, under memcheck and racecheck.
 3. ``bench``: as ``mpkernels bench --record``, into ``<results>/<machine>/<op>.json``, with a third pass, the backward
    alone, and with copies of the inputs in turn where they would stay in L2.
+4. ``attention``: attention beside torch's kernels, by benchmarks/attention.py, into attention_peers.json.
 
 It exits with 0; with 1 where a test, the sanitizer or one of our backends failed; with 2 where there is no GPU or an
 argument is wrong. What does not fit into the time limit is told, and is a failure if it is a test.
@@ -44,7 +45,12 @@ from mpkernels.spec import Arguments, Cost, OpSpec, Workload, all_specs, find
 from mpkernels.testing.checking import gradients
 
 BACKWARD = "backward"
-SHARES = {"tests": 0.5, "sanitize": 0.15, "bench": 0.35}  # of the time limit, in the order in which the stages run
+SHARES = {
+    "tests": 0.45,
+    "sanitize": 0.1,
+    "bench": 0.25,
+    "attention": 0.2,
+}  # of the time limit, in the order in which the stages run
 TOOLS = ("memcheck", "racecheck")
 FOUND_ERRORS = 99  # compute-sanitizer's exit status where it found any
 BAR_SAMPLES = 2**24  # workloads of so many samples are held to the bars:
@@ -53,8 +59,8 @@ PASS_SECONDS = 1.0  # of measuring
 
 
 def why_no_gpu(specs: Sequence[OpSpec]) -> str | None:
-    """None where the CUDA kernels of at least one op can run, else the reason."""
-    reasons = [backends.why_not(spec.op, "cuda", "cuda") for spec in specs]
+    """None where the kernels of at least one op can run, else the reason. (Some have Triton kernels alone.)"""
+    reasons = [backends.why_not(spec.op, spec.fastest_on_cuda, "cuda") for spec in specs]
     if torch.cuda.is_available() and None in reasons:
         return None
     return next(filter(None, reasons), "no CUDA device is visible to torch")
@@ -223,6 +229,17 @@ def run_benchmarks(specs: Sequence[OpSpec], seconds: float, results: Path) -> li
     return finish(data, specs, results)
 
 
+def run_attention(specs: Sequence[OpSpec], seconds: float, results: Path) -> list[str]:
+    """Attention beside torch's kernels, where it is among the ops; what does not fit into the time is left out."""
+    if all(spec.name != "attention" for spec in specs):
+        return []
+    script = [sys.executable, str(ROOT / "benchmarks" / "attention.py"), "--device", "cuda", "--record"]
+    # it starts no row when its time is nearly over, and a row compiles for some seconds
+    status, _ = run_for([*script, "--results", str(results.resolve()), "--limit", f"{0.8 * seconds:.0f}"], seconds)
+    told = {None: f"not done after {seconds:.0f} s", terminal.WRONG: "a row of ours did not run"}
+    return [f"attention: {told.get(status, f'exit status {status}')}"] if status != terminal.OK else []
+
+
 def by_pass(rows: list[dict]) -> dict[tuple[str, str, str], dict[str, dict]]:
     """(op, workload, pass) -> contestant -> row."""
     found: dict[tuple[str, str, str], dict[str, dict]] = {}
@@ -332,8 +349,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 failures += run_tests(specs, not asked.ops, seconds)
             elif stage == "sanitize":
                 failures += sanitize(specs, seconds)
-            else:
+            elif stage == "bench":
                 failures += run_benchmarks(specs, seconds, asked.results)
+            else:
+                failures += run_attention(specs, seconds, asked.results)
         except Exception:  # the other stages go on
             failures.append(f"{stage}: {traceback.format_exc()}")
 

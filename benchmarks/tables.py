@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the specs and from benchmarks/results: `make tables`, `--check` only compares."""
+"""Writes the tables of the documents from the specs and from benchmarks/results: `make tables`; `--check` compares."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import re
 import sys
 from pathlib import Path
+
+import attention as attention_script
 
 from mpkernels.commands.bench_tables import cells
 from mpkernels.commands.terminal import seconds
@@ -98,28 +100,94 @@ def splatting() -> list[str]:
     return lines[:-1] if lines else ["Nothing is recorded yet."]
 
 
-def written(text: str, name: str, lines: list[str]) -> str:
+def attention() -> list[str]:
+    """What benchmarks/attention.py recorded on CPUs, briefly: a line for each mask and pass."""
+    lines: list[str] = []
+    for machine, data in _recorded("cpu"):
+        lines += [f"**attention** on `{machine}`, torch {data['versions']['torch']}", ""]
+        lines += [
+            "| | pass | float32 | x SDPA | x FlexAttention | bfloat16 | x SDPA | x FlexAttention |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        by_row: dict[tuple[str, str], dict[str, dict]] = {}
+        for row in data["measured"]:
+            if not row["memory"]:
+                by_row.setdefault((_title(row), row["which"]), {})[row["dtype"]] = row
+        for (title, which), rows in by_row.items():
+            columns = [_brief(rows.get(dtype)) for dtype in ("float32", "bfloat16")]
+            lines.append(f"| {title} | {which} | {' | '.join(columns)} |")
+        lines.append("")
+    return lines[:-1] if lines else ["Nothing is recorded yet."]
+
+
+def attention_in_full() -> list[str]:
+    """Everything that benchmarks/attention.py recorded, beside what issue 4 asks."""
+    lines: list[str] = []
+    for device in ("cpu", "cuda"):
+        for machine, data in _recorded(device):
+            rows = data["measured"]
+            peers = [name for name in attention_script.CONTESTANTS[1:] if any(name in r["seconds"] for r in rows)]
+            lines += [f"On `{machine}`, torch {data['versions']['torch']}:", ""]
+            lines += [f"| | pass | dtype | mpkernels | {' | '.join(peers)} | rate | asked |"]
+            lines += [f"|---|---|---|---|{'---|' * len(peers)}---|---|"]
+            for row in rows:
+                shown = [attention_script.cell(row, name, device) for name in ("mpkernels", *peers)]
+                shown += [attention_script.rate(row), attention_script.bar(row)]
+                lines.append(f"| {_title(row)} | {row['which']} | {row['dtype']} | {' | '.join(shown)} |")
+            lines.append("")
+    return lines[:-1] if lines else ["Nothing is recorded yet."]
+
+
+def _recorded(device: str) -> list[tuple[str, dict]]:
+    """(machine, what was recorded there on a device)."""
+    paths = sorted((ROOT / "benchmarks" / "results").glob(f"*/{attention_script.FILE}"))
+    found = [(path.parent.name, json.loads(path.read_text())) for path in paths]
+    return [(name, data) for name, data in found if data["device"] == device]
+
+
+def _title(row: dict) -> str:
+    """The name without pass and dtype."""
+    memory = ", peak memory" if row["memory"] else ""
+    return row["name"].split(f", {row['which']}, ")[0] + memory
+
+
+def _brief(row: dict | None) -> str:
+    """Our time and the ratios to it, as three cells."""
+    if row is None or "mpkernels" not in row["seconds"]:
+        return "- | - | -"
+    ratios = [row["reached"].get(f"x {name}") for name in ("SDPA", "FlexAttention")]
+    shown = [f"{x:.2f}x" if x else "-" for x in ratios]
+    rate = f" ({row['reached']['GB/s']:.1f} GB/s)" if "GB/s" in row["reached"] else ""
+    return f"{seconds(row['seconds']['mpkernels'])}{rate} | {' | '.join(shown)}"
+
+
+TABLES = {
+    "README.md": {"ops": ops, "results": results, "splatting": splatting, "attention": attention},
+    "docs/attention.md": {"attention": attention_in_full},
+}
+
+
+def written(text: str, name: str, lines: list[str], document: str) -> str:
     """``text`` with what stands between the marks of a table replaced."""
     marks = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)"
     body = "\n".join(lines)
     result, count = re.subn(marks, lambda m: f"{m[1]}\n{body}\n\n{m[2]}", text, flags=re.DOTALL)
     if count != 1:
-        raise SystemExit(f"README.md: expected one pair of marks for {name!r}, found {count}")
+        raise SystemExit(f"{document}: expected one pair of marks for {name!r}, found {count}")
     return result
 
 
 def main() -> None:
-    """Writes the tables; with ``--check`` exits with 1 where README.md is not what would be written."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    wanted = text
-    for name, table in (("ops", ops), ("results", results), ("splatting", splatting)):
-        wanted = written(wanted, name, table())
-    if "--check" in sys.argv[1:]:
-        if wanted != text:
-            raise SystemExit("README.md is not up to date: `make tables`")
-    else:
-        readme.write_text(wanted)
+    """Writes the tables; with ``--check`` exits with 1 where a document is not what would be written."""
+    for document, tables in TABLES.items():
+        path = ROOT / document
+        text = wanted = path.read_text()
+        for name, table in tables.items():
+            wanted = written(wanted, name, table(), document)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(wanted)
+        elif wanted != text:
+            raise SystemExit(f"{document} is not up to date: `make tables`")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ class TritonKernel:
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    divisible: tuple[str, ...] = ()  # numbers that are multiples of 16, as strides mostly are: Triton specialises on it
 
 
 _ALL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, as far as a machine without a GPU can run it."""
+"""benchmarks/gpu.py and benchmarks/attention.py, as far as a machine without a GPU can run them."""
 
 import dataclasses
 import importlib.util
@@ -11,23 +11,36 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpkernels import backends
+from mpkernels import backends, masks
 from mpkernels.commands import bench, contestants, terminal
 from mpkernels.profiling import roofline
 from mpkernels.spec import Workload, find
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+ATTENTION = PATH.with_name("attention.py")
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
+
+
+def load(path, name, monkeypatch):
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    before = list(sys.path)
+    module = importlib.util.module_from_spec(module_spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look for it there
+    module_spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
 
 
 @pytest.fixture(scope="module")
 def gpu():
-    module_spec = importlib.util.spec_from_file_location("gpu_script", PATH)
-    path = list(sys.path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield load(PATH, "gpu_script", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def peers():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield load(ATTENTION, "attention_script", monkeypatch)
 
 
 @pytest.fixture
@@ -235,8 +248,110 @@ def test_a_stage_that_breaks_fails_and_the_others_run(gpu, all_well, monkeypatch
     monkeypatch.setattr(gpu, "run_tests", broken)
     monkeypatch.setattr(gpu, "sanitize", lambda specs, seconds: [])
     monkeypatch.setattr(gpu, "run_benchmarks", lambda specs, seconds, results: [f"bench {results} {seconds > 100}"])
+    monkeypatch.setattr(gpu, "run_attention", lambda specs, seconds, results: [f"attention {results} {seconds > 100}"])
     assert gpu.main(["--results", "there"]) == terminal.WRONG
     out = capsys.readouterr().out
     assert "RuntimeError: out of memory" in out
     assert "FAILED bench there True" in out
+    assert "FAILED attention there True" in out
     assert gpu.main(["--only", "sanitize"]) == terminal.OK
+
+
+def test_attention_beside_its_peers_is_a_process_of_its_own(gpu, monkeypatch, tmp_path):
+    started, statuses = [], [0, None, 2]
+
+    def run_for(command, seconds):
+        started.append((command[1:], seconds))
+        return statuses[len(started) - 1], ""
+
+    monkeypatch.setattr(gpu, "run_for", run_for)
+    assert gpu.run_attention([find("composite")], 100, tmp_path) == []
+    for told in ([], ["attention: not done after 100 s"], ["attention: exit status 2"]):
+        assert gpu.run_attention([find("composite"), find("attention")], 100, tmp_path) == told
+    arguments = ["--device", "cuda", "--record", "--results", str(tmp_path), "--limit", "80"]
+    assert started == 3 * [([str(ATTENTION), *arguments], 100)]
+
+
+@pytest.fixture
+def parsed(peers, monkeypatch):
+    """The arguments that run_attention gives are understood where there is a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return peers.parse(["--device", "cuda", "--record", "--results", "there", "--limit", "80"])
+
+
+def test_attention_script_understands_its_arguments(peers, parsed, capsys):
+    assert (parsed.device, parsed.record, str(parsed.results), parsed.limit) == ("cuda", True, "there", 80)
+    assert peers.main(["--only", "causal nonsense"]) == terminal.BAD_USAGE
+    assert "--only: expected words of one of" in capsys.readouterr().err
+    for arguments in (["--quick", "--record"], ["--threads", "0"], ["--device", "tpu"]):
+        with pytest.raises(SystemExit) as caught:
+            peers.main(arguments)
+        assert caught.value.code == 2
+
+
+def test_a_gpu_row_is_one_of_the_issue(peers):
+    rows = {(r.what, r.which, r.width, r.length): r for r in peers.GPU_ROWS}
+    assert len(rows) == len(peers.GPU_ROWS) == 4 * 2 * 2 * 4
+    assert rows[peers.FULL, FORWARD, 128, 8192].bars == {peers.OPERATIONS: 460.0}
+    assert rows[peers.CAUSAL, FORWARD, 128, 16384].bars == {peers.OPERATIONS: 400.0}
+    assert rows[peers.FULL, BACKWARD, 64, 2048].bars == {peers.OF_FLASH: 0.9}
+    assert rows[peers.WINDOW, BACKWARD, 64, 2048].bars == {peers.DENSITY: 0.75}
+
+
+def small_rows(peers):
+    """One row of each kind, of 640 positions."""
+    kinds = {(row.what, row.which): row for row in (*peers.GPU_ROWS, *peers.CPU_ROWS) if not row.memory}
+    sizes = {"batch": 1, "heads": 2, "key_heads": 2, "length": 640, "width": 16, "dtype": "float32"}
+    return [dataclasses.replace(row, **sizes) for row in kinds.values()]
+
+
+def test_all_contestants_compute_the_same(peers):
+    for row in small_rows(peers):
+        if row.which == BACKWARD:
+            continue
+        problem = peers.Problem(row)
+        ours, theirs = (problem.run(name)() for name in (peers.OURS, peers.SDPA))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3, msg=lambda text, row=row: f"{row.name}: {text}")
+        if row.what in peers.MASK_MODS:
+            q, k = torch.arange(640)[:, None], torch.arange(640)
+            visible = peers.MASK_MODS[row.what]
+            wanted = masks.to_dense(peers.mask_of(row), (640, 640))
+            assert visible is None or torch.equal(visible(0, 0, q, k), wanted)
+
+
+def test_rows_of_a_gpu_on_the_cpu(peers, monkeypatch, capsys):
+    on_device = peers.Problem.names
+
+    def names(problem, flex):
+        problem.device = "cuda"
+        found = on_device(problem, flex)
+        problem.device = "cpu"
+        return found
+
+    monkeypatch.setattr(peers.Problem, "names", names)
+    rows = [row for row in small_rows(peers) if row.which == BACKWARD and row.what in (peers.CAUSAL, peers.WINDOW)]
+    asked = peers.parse(["--seconds", "0.001", "--quick", "--no-flex"])
+    causal, window = peers.collect(rows, asked, terminal.output())
+    assert list(causal["seconds"]) == [peers.OURS, peers.FLASH]
+    assert causal["flops"] == 2 * 10 * 16 * 640 * 641 // 2
+    assert set(causal["problems"]) == {peers.CUDNN}  # there is none on a CPU
+    assert window["block_density"] == (1 + 2 + 3 + 3 + 3) / 25
+    assert 0 < window["reached"][peers.DENSITY] < 10
+    ((figure, bar, value, met),) = peers.judged(window)
+    assert (figure, bar, met) == (peers.DENSITY, 0.75, value >= 0.75)
+    peers.show([causal, window], "cuda", terminal.output())
+    assert "SDPA cuDNN" in capsys.readouterr().out
+
+
+def test_block_density(peers):
+    assert peers.block_density(None, 640) == 1
+    assert peers.block_density(masks.causal(), 1024) == 36 / 64
+    assert peers.block_density(masks.strictly_causal(), 130, 64) == 6 / 9
+    assert peers.block_density(masks.padding(0), 100) == 0
+
+
+def test_recorded_rows_replace_their_own(peers, tmp_path):
+    path = tmp_path / "there" / peers.FILE
+    for rows in ({"a": 1, "gone": 1}, {"b": 2, "a": 3}):
+        peers.record({"measured": [{"name": n, "x": x} for n, x in rows.items()]}, path, ["a", "b"])
+    assert json.loads(path.read_text())["measured"] == [{"name": "a", "x": 3}, {"name": "b", "x": 2}]

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 import mpkernels
 
 ROOT = Path(__file__).resolve().parents[1]
+ATTENTION = ("attention.api", "attention_varlen", "decode_attention.api", "scaled_dot_product_attention")
 SPLATTING = ("rasterize", "rasterization", "project_gaussians", "spherical_harmonics", "intersect_tiles", "ssim")
 MODULES = [
     *("mpkernels.backends", "mpkernels.testing", "mpkernels.volume.composite.api"),
+    *(f"mpkernels.attention.{module}" for module in ATTENTION),
     *(f"mpkernels.splatting.{op}.api" for op in (*SPLATTING, "quat_scale_to_covar")),
 ]
 
@@ -24,9 +27,12 @@ def test_tables_are_generated():
     assert done.returncode == 0, done.stderr
 
 
+def examples(document):
+    return [block.split("```")[0] for block in (ROOT / document).read_text().split("```python\n")[1:]]
+
+
 def test_the_drop_in_example_is_the_same_function():
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:3]
-    before, after = (block.split("```")[0] for block in blocks)
+    before, after = examples("README.md")[:2]
     generator = torch.Generator().manual_seed(0)
     edges = torch.cumsum(torch.rand(5, 9, generator=generator), -1)
     names = {
@@ -45,11 +51,34 @@ def test_the_drop_in_example_is_the_same_function():
 
 
 def test_the_gsplat_example_runs():
-    (block,) = [b for b in (ROOT / "README.md").read_text().split("```python\n")[1:] if "compat.gsplat" in b]
+    (block,) = [block for block in examples("README.md") if "compat.gsplat" in block]
     names: dict = {}
-    exec(block.split("```")[0], names)
+    exec(block, names)
     assert names["colors"].shape == (1, 200, 300, 3)
     assert names["means"].grad.abs().sum() > 0
+
+
+def test_the_attention_example_runs():
+    (block,) = [block for block in examples("README.md") if "mpkernels.attention" in block]
+    names: dict = {}
+    exec(block, names)
+    assert names["out"].shape == (2, 8, 300, 64)
+    assert names["bias"].grad.abs().sum() > 0
+    q, k, v = names["query"], names["key"], names["value"]
+    torch.testing.assert_close(names["same"], scaled_dot_product_attention(q, k, v, is_causal=True))
+    torch.testing.assert_close(names["last"], scaled_dot_product_attention(q[:, :, -1:], k, v))
+
+
+def test_the_example_of_attention_md_runs():
+    (block,) = examples("docs/attention.md")
+    names: dict = {}
+    exec(block, names)
+    visible = names["ids"] == names["ids"][:, None]
+    distance = torch.arange(1000)[:, None] - torch.arange(1000)
+    visible &= (distance >= 0) & (distance <= 256)
+    wanted = scaled_dot_product_attention(names["query"], names["key"], names["value"], attn_mask=visible)
+    torch.testing.assert_close(names["out"], wanted)
+    assert names["slope"].grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("module", MODULES)

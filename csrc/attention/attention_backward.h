@@ -139,6 +139,7 @@ class BackwardTile {
     const int64_t count = std::min(backward_keys, p_.keys - key);
     const int64_t width = Products::padded(p_.width), value_width = Products::padded(p_.value_width);
     const S* keys = p_.key.at(b, kv, key);
+    [[maybe_unused]] const typename Products::Session session{};
     std::memset(static_cast<void*>(of_keys_), 0, static_cast<size_t>(count * width) * sizeof(T));
     std::memset(static_cast<void*>(of_values_), 0, static_cast<size_t>(count * value_width) * sizeof(T));
     const Keys tile = Keys::of(keys, p_.key.row, count, p_.width, KeyUse::both, keys_);
@@ -148,9 +149,9 @@ class BackwardTile {
       for (int64_t block = 0; block < p_.query_blocks(); ++block) {
         const int64_t index = (b * p_.heads + h) * p_.query_blocks() + block;
         const KeyRange& range = prepared_.ranges[index];
-        const int64_t from = key + std::max<int64_t>(range.low - key, 0) / 2 * 2;  // products may take keys in pairs
-        const int64_t to = std::min(key + count, range.high);
-        if (std::max(from, range.low) >= to) continue;
+        const int64_t from = key + std::max<int64_t>(range.low - key, 0) / 2 * 2;  // products take keys in pairs
+        const int64_t to = std::min(key + count, key + (range.high - key + 1) / 2 * 2);
+        if (std::max(from, range.low) >= std::min(to, range.high)) continue;
         const int64_t i0 = block * block_queries;
         const Place at{b, h, i0, std::min(block_queries, p_.queries - i0), from, to - from};
         const Seen seen = seen_by_mask(p_, at);

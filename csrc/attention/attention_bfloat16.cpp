@@ -1,6 +1,7 @@
-// Products of bfloat16 numbers with sums in float32, two at a time: VDPBF16PS of AVX512-BF16, which does twice the work
-// of a fused multiply-add. Weights and gradients of scores are rounded to bfloat16 before they are multiplied, as in
-// every half-precision attention; the softmax and all sums are float32.
+// Products of bfloat16 numbers with sums in float32: two at a time by VDPBF16PS of AVX512-BF16, which does twice the
+// work of a fused multiply-add, or in tiles by the matrix unit of AMX (tiles.h). Weights and gradients of scores are
+// rounded to bfloat16 before they are multiplied, as in every half-precision attention; the softmax and all sums are
+// float32.
 //
 // The instruction takes pairs along the dimension that a product sums over, so that
 //   scores      sum over the width: rows of keys are pairs as they lie in memory; queries are packed (width / 2, 64);
@@ -10,6 +11,10 @@
 
 #include "attention/attention_products.h"
 #include "attention/attention_run.h"
+#include "attention/tiles.h"
+
+#include <cstdlib>
+#include <string_view>
 
 #if defined(__AVX512F__)
 
@@ -21,8 +26,6 @@
 namespace mpkernels {
 namespace attention {
 namespace {
-
-using Pair = uint32_t;  // two bfloat16 numbers, the first in the low half
 
 template <int ROWS, int VECTORS>
 MPKERNELS_INLINE void multiply_pairs_tile(const Left<Pair>& a, const Pair* b, int64_t b_row, float* c, int64_t c_row,
@@ -99,19 +102,29 @@ MPKERNELS_INLINE __mmask32 first_of_32(int64_t count) {
   return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0u : (1u << count) - 1;
 }
 
+// Products in pairs, and, where there is a matrix unit (`Tiles`), as much of them in tiles as are whole.
+template <typename Tiles>
 struct PairProducts {
   using Element = BFloat16;
   using T = float;
   using Packed = Pair;
   using Natural = Pair;
 
+  // The state of the matrix unit belongs to a thread: it is set up while a block is worked on.
+  struct Session {
+    Session() { Tiles::begin(); }
+    ~Session() { Tiles::end(); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+  };
+
   static int64_t pairs(int64_t count) { return (count + 1) / 2; }
   static int64_t padded(int64_t width) { return vectors_for(width, 16) * 16; }
   static int64_t packed_size(int64_t width) { return pairs(width) * block_queries; }
   static int64_t natural_size(int64_t width) { return padded(width) * block_queries / 2; }
   static bool natural_in_place(int64_t) { return false; }
-  // pairs of keys, and rows of an odd width
-  static int64_t tile_size(int64_t count, int64_t width) { return 2 * pairs(count) * padded(width); }
+  // pairs of keys, twice for tiles, and rows of an odd width
+  static int64_t tile_size(int64_t count, int64_t width) { return 3 * padded(pairs(count)) * padded(width); }
 
   // Rows of pairs, transposed: 32-bit numbers like any other.
   static void pack(const BFloat16* from, int64_t stride, int64_t rows, int64_t width, float, Pair* to) {
@@ -141,33 +154,47 @@ struct PairProducts {
   struct Keys {
     const BFloat16* rows;  // for scores
     int64_t row;
-    const Pair* columns;  // (count / 2, padded width)
-    int64_t column_row;
+    Left<Pair> columns;  // A(d, pair of keys)
 
     static Keys of(const BFloat16* from, int64_t stride, int64_t count, int64_t width, KeyUse use, float* workspace) {
       auto* memory = reinterpret_cast<Pair*>(workspace);
-      if (use != KeyUse::scores) copy(from, stride, count, width, memory);
-      Keys keys{from, stride, memory, padded(width)};
+      const int64_t size = padded(pairs(count)) * padded(width);
+      Keys keys{from, stride, {memory, 1, padded(width)}};
+      if (use != KeyUse::scores) {
+        copy(from, stride, count, width, memory);
+        if constexpr (Tiles::exist) {  // tiles take the pairs of a column one behind the other
+          Pair* transposed = memory + size;
+          const int64_t to_row = padded(pairs(count));
+          transpose_into<float>(reinterpret_cast<float*>(transposed), to_row, pairs(count), padded(width),
+                                [&](int64_t i, int64_t j, int64_t) {
+                                  return load_raw(reinterpret_cast<const float*>(memory) + i * padded(width) + j);
+                                });
+          keys.columns = {transposed, to_row, 1};
+        }
+      }
       // the last pair of an odd row would hold a number of the next, and rows start on pairs of an even distance alone
       if (use != KeyUse::columns && (width % 2 != 0 || stride % 2 != 0)) {
-        auto* rows = reinterpret_cast<BFloat16*>(memory + pairs(count) * padded(width));
+        auto* copied = reinterpret_cast<BFloat16*>(memory + 2 * size);
         for (int64_t i = 0; i < count; ++i) {
-          std::memcpy(static_cast<void*>(rows + i * padded(width)), from + i * stride,
+          std::memcpy(static_cast<void*>(copied + i * padded(width)), from + i * stride,
                       static_cast<size_t>(width) * sizeof(BFloat16));
-          std::memset(static_cast<void*>(rows + i * padded(width) + width), 0, sizeof(BFloat16));
+          std::memset(static_cast<void*>(copied + i * padded(width) + width), 0,
+                      static_cast<size_t>(padded(width) - width) * sizeof(BFloat16));
         }
-        keys.rows = rows;
+        keys.rows = copied;
         keys.row = padded(width);
       }
       return keys;
     }
-    Keys from(int64_t key) const { return {rows + key * row, row, columns + key / 2 * column_row, column_row}; }
+    Keys from(int64_t key) const {
+      return {rows + key * row, row, {columns.data + key / 2 * columns.depth, columns.row, columns.depth}};
+    }
   };
 
   static void scores(const Keys& keys, const Pair* packed, int64_t count, int64_t rows, int64_t width, float factor,
                      float* to) {
-    multiply_pairs({reinterpret_cast<const Pair*>(keys.rows), keys.row / 2, 1}, packed, block_queries, to,
-                   block_queries, count, vectors_for(rows, 16), pairs(width), factor, false);
+    multiply({reinterpret_cast<const Pair*>(keys.rows), keys.row / 2, 1}, packed, block_queries, to, block_queries,
+             count, vectors_for(rows, 16), pairs(width), factor, false);
   }
 
   static void add_columns(const Keys& keys, const float* tile, int64_t count, int64_t rows, int64_t width, float* sums,
@@ -181,8 +208,7 @@ struct PairProducts {
         _mm512_storeu_si512(pairs_of_tile + k / 2 * block_queries + n * 16, pair_up(_mm512_loadu_ps(low), high));
       }
     }
-    multiply_pairs({keys.columns, 1, keys.column_row}, pairs_of_tile, block_queries, sums, block_queries, width,
-                   vectors, pairs(count), 1.0f, true);
+    multiply(keys.columns, pairs_of_tile, block_queries, sums, block_queries, width, vectors, pairs(count), 1.0f, true);
   }
 
   static void add_rows(const float* tile, const Pair* natural, int64_t stride, int64_t count, int64_t rows,
@@ -197,24 +223,87 @@ struct PairProducts {
                             _mm512_maskz_mov_epi16(first_of_32(rows - i), numbers));
       }
     }
-    multiply_pairs({rounded, block_queries / 2, 1}, natural, stride, sums, padded(width), count, vectors_for(width, 16),
-                   pairs(rows), 1.0f, true);
+    multiply({rounded, block_queries / 2, 1}, natural, stride, sums, padded(width), count, vectors_for(width, 16),
+             pairs(rows), 1.0f, true);
+  }
+
+ private:
+  // Whole tiles, then what is left of the depth, then of the rows.
+  static void multiply(const Left<Pair>& a, const Pair* b, int64_t b_row, float* c, int64_t c_row, int64_t rows,
+                       int64_t vectors, int64_t depth, float factor, bool accumulate) {
+    if constexpr (Tiles::exist) {
+      const int64_t whole_rows = rows / tile_side * tile_side, whole_depth = depth / tile_side * tile_side;
+      if (whole_rows > 0 && whole_depth > 0) {
+        multiply_in_tiles<Tiles>(a.data, a.row, b, b_row, c, c_row, whole_rows, vectors * 16, whole_depth, accumulate);
+        if (whole_depth < depth) {
+          multiply_pairs({a.data + whole_depth, a.row, 1}, b + whole_depth * b_row, b_row, c, c_row, whole_rows,
+                         vectors, depth - whole_depth, 1.0f, true);
+        }
+        if (!accumulate && factor != 1) {
+          for (int64_t m = 0; m < whole_rows; ++m) {
+            for (int64_t n = 0; n < vectors * 16; n += 16) {
+              store<float>(c + m * c_row + n, load_raw(c + m * c_row + n) * factor);
+            }
+          }
+        }
+        multiply_pairs(a.from_row(whole_rows), b, b_row, c + whole_rows * c_row, c_row, rows - whole_rows, vectors,
+                       depth, factor, accumulate);
+        return;
+      }
+    }
+    multiply_pairs(a, b, b_row, c, c_row, rows, vectors, depth, factor, accumulate);
   }
 };
 
 }  // namespace
 
-bool multiplies_bfloat16() {
-  static const bool found = __builtin_cpu_supports("avx512bf16");
+namespace {
+
+enum class Unit { none, pairs, tiles, emulated_tiles };
+
+Unit best_unit() {
+  static const Unit found = !__builtin_cpu_supports("avx512bf16") ? Unit::none
+                            : amx_works()                         ? Unit::tiles
+                                                                  : Unit::pairs;
   return found;
 }
 
+// What multiplies bfloat16 numbers here. Tests ask for another by MPKERNELS_BFLOAT16.
+Unit unit() {
+  const char* asked = std::getenv("MPKERNELS_BFLOAT16");
+  const Unit best = best_unit();
+  if (asked == nullptr || best == Unit::none) return best;
+  const std::string_view name(asked);
+  if (name == "wide") return Unit::none;
+  if (name == "pairs") return Unit::pairs;
+  if (name == "emulated_tiles") return Unit::emulated_tiles;
+  return best;
+}
+
+template <typename F>
+void with_products(const F& f) {
+  switch (unit()) {
+    case Unit::tiles:
+      return f(PairProducts<AmxTiles>{});
+    case Unit::emulated_tiles:
+      return f(PairProducts<EmulatedTiles>{});
+    default:
+      return f(PairProducts<NoTiles>{});
+  }
+}
+
+}  // namespace
+
+bool multiplies_bfloat16() {
+  return unit() != Unit::none;
+}
+
 void run_forward_bfloat16(const Problem<BFloat16>& p, const Heads<BFloat16>& out, float* lse) {
-  run_forward<PairProducts>(p, out, lse);
+  with_products([&](auto products) { run_forward<decltype(products)>(p, out, lse); });
 }
 
 void run_backward_bfloat16(const Problem<BFloat16>& p, const Gradients<BFloat16>& g) {
-  run_backward<PairProducts>(p, g);
+  with_products([&](auto products) { run_backward<decltype(products)>(p, g); });
 }
 
 }  // namespace attention

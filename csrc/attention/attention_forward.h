@@ -49,6 +49,7 @@ class ForwardBlock {
   }
 
   void run(const Heads<S>& out, T* lse) {
+    [[maybe_unused]] const typename Products::Session session{};
     const T factor = static_cast<T>(p_.factor());
     Products::pack(p_.query.at(b_, h_, query_), p_.query.row, rows_, p_.width, factor, packed_);
     for (int64_t n = 0; n < vectors_; ++n) {

@@ -16,6 +16,7 @@ struct WideProducts {
   using T = Compute<S>;
   using Packed = T;   // numbers of packed blocks
   using Natural = T;  // numbers of natural blocks
+  struct Session {};  // nothing to set up
   static constexpr bool widened = !std::is_same_v<S, T>;
 
   static int64_t padded(int64_t width) { return vectors_for(width, lanes<T>) * lanes<T>; }

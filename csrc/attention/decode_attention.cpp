@@ -16,9 +16,11 @@
 // their values are selected away. Runs of keys that no row sees are not read.
 //
 // Bytes: keys and values once, (E + F) a key; the workspace is 2 + F numbers a row for 512 keys.
-// Instructions, AVX-512, for 16 numbers of a key and of its value, 4 rows: 8 multiply-adds, and 4 (float32: 2, bfloat16:
-// 1 load and 2 bit operations a pair of vectors, both halves of the words) to load them. A core that starts one
-// multiply-add a clock then takes 128 bytes of float32, or 64 of bfloat16, in some 8 clocks: 48 and 24 GB/s at 3 GHz.
+// Instructions, AVX-512, for 16 numbers of a key and of its value, 4 rows: 8 multiply-adds, and 4 (float32: 2,
+// bfloat16: 1 load and 2 bit operations a pair of vectors, both halves of the words) to load them. A core that starts
+// one multiply-add a clock then takes 128 bytes of float32, or 64 of bfloat16, in some 8 clocks: 48 and 24 GB/s at 3
+// GHz.
+#include "attention/decode_attention_tile.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/tensor.h"
@@ -36,15 +38,10 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t piece_keys = 512;  // keys whose scores are kept at a time
-constexpr int64_t run_keys = 32;     // keys whose values stay in the first-level cache; a multiple of any vector's lanes
 constexpr int64_t runs_of_piece = piece_keys / run_keys;
 constexpr int64_t most_rows = 32;  // rows whose scores are kept at a time
-
 template <typename T>
-constexpr int tile_rows = lanes<T> < 4 ? lanes<T> : 4;
-template <typename T>
-constexpr int64_t score_stride = piece_keys + lanes<T>;
+constexpr T hiding_bias = T(-1e30);  // and less hides a key
 
 // Where a (1 or B, 1 or H, 1 or L, 1 or S) tensor keeps its elements; strides are 0 where it is expanded.
 struct Broadcast {
@@ -143,178 +140,6 @@ struct Row {
   }
 };
 
-// A full vector of half numbers by the processor's own conversion, where it has one.
-MPKERNELS_INLINE Vector<float> load_half(const Half* from) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vector<float>>(
-      _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-#elif defined(__F16C__)
-  return reinterpret_cast<Vector<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#else
-  return load<Half>(from);
-#endif
-}
-
-// Two vectors of a row. Those of bfloat16 are the low and the high halves of 32-bit words, elements 0, 2, 4, ... and
-// 1, 3, 5, ...: so each takes one bit operation, and no shuffle.
-template <typename S>
-MPKERNELS_INLINE void load_pair(const S* from, Vector<Compute<S>>& a, Vector<Compute<S>>& b) {
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    Words words;
-    std::memcpy(&words, from, sizeof(words));
-    a = reinterpret_cast<Vector<float>>(words << 16);
-    b = reinterpret_cast<Vector<float>>(words & 0xFFFF0000);
-  } else if constexpr (std::is_same_v<S, Half>) {
-    a = load_half(from);
-    b = load_half(from + lanes<float>);
-  } else {
-    a = load<S>(from);
-    b = load<S>(from + lanes<S>);
-  }
-}
-
-// The place of element e of a row of `width` in the order that vectors of load_pair, then of load_first, have them.
-template <typename S>
-MPKERNELS_INLINE int64_t place_of(int64_t e, int64_t width) {
-  constexpr int64_t L = lanes<Compute<S>>;
-  if (!std::is_same_v<S, BFloat16> || e >= width / (2 * L) * (2 * L)) return e;
-  return e / (2 * L) * (2 * L) + e % 2 * L + e % (2 * L) / 2;
-}
-
-// Lane l of the result is the sum of x[l], of as many vectors as a vector has lanes. In each step lanes with bit M go on
-// with one half of the vectors, and the others with the other half.
-template <typename T, int M>
-struct OwnLane {
-  static constexpr int at(int l) { return (l & M) != 0 ? lanes<T> + l : l; }
-};
-template <typename T, int M>
-struct OtherLane {
-  static constexpr int at(int l) { return (l & M) != 0 ? lanes<T> + (l ^ M) : l ^ M; }
-};
-template <typename T, int M = lanes<T> / 2>
-MPKERNELS_INLINE Vector<T> sum_each(const Vector<T> (&x)[2 * M]) {
-  Vector<T> half[M];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
-    half[i] = shuffle<OwnLane<T, M>, T>(x[i], x[i + M]) + shuffle<OtherLane<T, M>, T>(x[i], x[i + M]);
-  }
-  if constexpr (M > 1) {
-    return sum_each<T, M / 2>(half);
-  } else {
-    return half[0];
-  }
-}
-
-// Products q . k of R rows with `count` keys of a run.
-template <typename S, int R, typename T = Compute<S>>
-void score_tile(const T* queries,  // (R, stride), in the order of place_of, zeros behind
-                int64_t query_stride,
-                const S* keys,  // (count, key_stride)
-                int64_t key_stride, int64_t count, int64_t width,
-                T* scores) {  // (R, score_stride), written up to the next multiple of the block
-  constexpr int L = lanes<T>;
-  constexpr int block = L / R;
-  for (int64_t k = 0; k < count; k += block) {
-    const S* at[block];
-    for (int j = 0; j < block; ++j) at[j] = keys + std::min<int64_t>(k + j, count - 1) * key_stride;
-    Vector<T> sums[L] = {};
-    int64_t d = 0;
-    for (; d + 2 * L <= width; d += 2 * L) {
-      Vector<T> qa[R], qb[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        qa[r] = load_raw<T>(queries + r * query_stride + d);
-        qb[r] = load_raw<T>(queries + r * query_stride + d + L);
-      }
-#pragma GCC unroll 16
-      for (int j = 0; j < block; ++j) {
-        Vector<T> a, b;
-        load_pair<S>(at[j] + d, a, b);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          sums[r * block + j] += qa[r] * a;
-          sums[r * block + j] += qb[r] * b;
-        }
-      }
-    }
-    for (; d < width; d += L) {
-#pragma GCC unroll 16
-      for (int j = 0; j < block; ++j) {
-        const Vector<T> x = load_first<S>(at[j] + d, width - d);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[r * block + j] += load_raw<T>(queries + r * query_stride + d) * x;
-      }
-    }
-    T each[L];
-    const Vector<T> total = sum_each<T>(sums);
-    std::memcpy(each, &total, sizeof(each));
-    for (int r = 0; r < R; ++r) std::memcpy(scores + r * score_stride<T> + k, each + r * block, block * sizeof(T));
-  }
-}
-
-// Adds weight times value to `Vectors` vectors of the sums of R rows. `Hidden`: some weights are -0, their values
-// may hold anything. `Whole`: the vectors are whole pairs; else there is one, of `left` elements.
-template <typename S, int R, int Vectors, bool Hidden, bool Whole, typename T = Compute<S>>
-MPKERNELS_INLINE void weigh(const S* values,  // (count, value_stride)
-                            int64_t value_stride, int64_t count,
-                            const T* weights,  // (R, score_stride)
-                            T* sums,           // (R, sum_stride)
-                            int64_t sum_stride, int64_t left) {
-  constexpr int L = lanes<T>;
-  Vector<T> total[R][Vectors];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < Vectors; ++v) total[r][v] = load_raw<T>(sums + r * sum_stride + v * L);
-  }
-  for (int64_t k = 0; k < count; ++k) {
-    const S* row = values + k * value_stride;
-    Vector<T> x[Vectors];
-    if constexpr (Whole) {
-#pragma GCC unroll 8
-      for (int v = 0; v < Vectors; v += 2) load_pair<S>(row + v * L, x[v], x[v + 1]);
-    } else {
-      x[0] = load_first<S>(row, left);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vector<T> weight = broadcast<T>(weights[r * score_stride<T> + k]);
-#pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) {
-        if constexpr (Hidden) {
-          total[r][v] += weight * select<T>(reinterpret_cast<Mask<T>>(weight) < 0, Vector<T>{}, x[v]);
-        } else {
-          total[r][v] += weight * x[v];
-        }
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < Vectors; ++v) store<T>(sums + r * sum_stride + v * L, total[r][v]);
-  }
-}
-
-template <typename S, int R, bool Hidden, typename T = Compute<S>>
-void weigh_tile(const S* values, int64_t value_stride, int64_t count, const T* weights, T* sums, int64_t sum_stride,
-                int64_t width) {
-  constexpr int L = lanes<T>;
-  constexpr int registers = MPKERNELS_VECTOR_BYTES == 64 ? 16 : 8;  // for the sums
-  constexpr int most = std::min(8, std::max(2, registers / R));
-  int64_t d = 0;
-  for (; d + most * L <= width; d += most * L) {
-    weigh<S, R, most, Hidden, true>(values + d, value_stride, count, weights, sums + d, sum_stride, 0);
-  }
-  if constexpr (most > 4) {
-    for (; d + 4 * L <= width; d += 4 * L) {
-      weigh<S, R, 4, Hidden, true>(values + d, value_stride, count, weights, sums + d, sum_stride, 0);
-    }
-  }
-  for (; d + 2 * L <= width; d += 2 * L) {
-    weigh<S, R, 2, Hidden, true>(values + d, value_stride, count, weights, sums + d, sum_stride, 0);
-  }
-  for (; d < width; d += L) {
-    weigh<S, R, 1, Hidden, false>(values + d, value_stride, count, weights, sums + d, sum_stride, width - d);
-  }
-}
-
 template <typename T>
 MPKERNELS_INLINE Vector<T> tanh_of(Vector<T> x) {
   const Vector<T> magnitude = x < 0 ? -x : x;
@@ -348,11 +173,13 @@ Softmax<T> soften(const Problem<S>& in, const Row<S>& row, int64_t begin, int64_
     if (in.softcap > 0) s = in.softcap * tanh_of<T>(s / in.softcap);
     if (row.bias != nullptr) {
       const S* bias = row.bias + (begin + k) * in.bias_strides.key;
+      Vector<T> added{};
       if (in.bias_strides.key == 1) {
-        s += load_first<S>(bias, count);
+        added = load_first<S>(bias, count);
       } else {
-        for (int64_t j = 0; j < count; ++j) s[j] += to_compute<S>(bias[j * in.bias_strides.key]);
+        for (int64_t j = 0; j < count; ++j) added[j] = to_compute<S>(bias[j * in.bias_strides.key]);
       }
+      s = select<T>(added <= hiding_bias<T>, broadcast<T>(-infinity), s + added);
     }
     const Mask<T> position = lane_indices<T>() + static_cast<Integer<T>>(k);
     Mask<T> seen = (position >= static_cast<Integer<T>>(row.first - begin)) &
@@ -377,27 +204,12 @@ Softmax<T> soften(const Problem<S>& in, const Row<S>& row, int64_t begin, int64_
     const Mask<T> hidden = s == broadcast<T>(-infinity);
     const Vector<T> weight = exponential<T>(s - base).exp();
     total += select<T>(hidden, Vector<T>{}, weight);
-    store<T>(scores + k, select<T>(hidden, broadcast<T>(T(-0.0)), weight));
+    store<T>(scores + k, select<T>(hidden, constant<T>(T(-0.0)), weight));
     const int64_t run = k / run_keys;
     if (any<T>(hidden & first_lanes<T>(end - begin - k))) runs.some_hidden[run] = true;
     if (any<T>(~hidden)) runs.all_hidden[run] = false;
   }
   return {maximum, sum<T>(total)};
-}
-
-// Calls f(rows' start, their number as a constant) for tiles that cover `count` rows; the last may reach behind.
-template <typename T, typename F>
-MPKERNELS_INLINE void each_tile(int64_t count, const F& f) {
-  for (int64_t r = 0; r < count; r += tile_rows<T>) {
-    const int64_t left = count - r;
-    if (left == 1) {
-      f(r, std::integral_constant<int, 1>{});
-    } else if (left == 2 || tile_rows<T> == 2) {
-      f(r, std::integral_constant<int, 2>{});
-    } else {
-      f(r, std::integral_constant<int, tile_rows<T>>{});
-    }
-  }
 }
 
 // Whether a mask lets any of the rows see any of the keys [begin, end).
@@ -443,12 +255,24 @@ void attend(const Problem<S>& in, const Place& at, Softmax<T>* softmax, T* sums)
   }
 
   const S* keys = in.key + at.batch * in.key_batch + at.group * in.key_head;
+  const S* values = in.value + at.batch * in.value_batch + at.group * in.value_head;
+  const int64_t ahead = keys_ahead<S>(in.width), values_ahead = keys_ahead<S>(in.value_width);
+  const int64_t first_value = begin + (end - begin + run_keys - 1) / run_keys * run_keys;  // values follow the keys
+  const auto next_key = [&](int64_t k) -> Next<S> {
+    if (k + ahead < end) return {keys + (k + ahead) * in.key_row, in.key_row};
+    const int64_t value = begin + k + ahead - first_value;
+    return {k + ahead >= first_value && value < end ? values + value * in.value_row : nullptr, in.value_row};
+  };
+  for (int64_t k = begin; k < std::min(end, begin + ahead); ++k) {
+    fetch(keys + k * in.key_row, in.width * static_cast<int64_t>(sizeof(S)));
+  }
   for (int64_t k = begin; k < end; k += run_keys) {
     const int64_t count = std::min(run_keys, end - k);
     if (in.mask != nullptr && !any_seen(in, rows, at.count, k, k + count)) continue;
     each_tile<T>(at.count, [&](int64_t r, auto tile) {
       score_tile<S, decltype(tile)::value>(queries + r * query_stride, query_stride, keys + k * in.key_row, in.key_row,
-                                           count, in.width, scores + r * score_stride<T> + (k - begin));
+                                           count, in.width, r == 0 ? next_key(k) : Next<S>{nullptr, 0},
+                                           scores + r * score_stride<T> + (k - begin));
     });
   }
 
@@ -457,7 +281,6 @@ void attend(const Problem<S>& in, const Place& at, Softmax<T>* softmax, T* sums)
     softmax[r] = soften<S>(in, rows[r], begin, end, scores + r * score_stride<T>, runs);
   }
 
-  const S* values = in.value + at.batch * in.value_batch + at.group * in.value_head;
   for (int64_t k = begin; k < end; k += run_keys) {
     const int64_t run = (k - begin) / run_keys, count = std::min(run_keys, end - k);
     if (runs.all_hidden[run]) continue;
@@ -465,6 +288,8 @@ void attend(const Problem<S>& in, const Place& at, Softmax<T>* softmax, T* sums)
       const auto call = [&](auto hidden) {
         weigh_tile<S, decltype(tile)::value, decltype(hidden)::value>(
             values + k * in.value_row, in.value_row, count, scores + r * score_stride<T> + (k - begin),
+            r == 0 && k + values_ahead < end ? Next<S>{values + (k + values_ahead) * in.value_row, in.value_row}
+                                             : Next<S>{nullptr, 0},
             totals + r * sum_stride, sum_stride, in.value_width);
       };
       if (runs.some_hidden[run]) {
@@ -522,12 +347,12 @@ void run(const Problem<S>& in, const Tensor& like, S* out, int64_t out_batch, in
   const int64_t grain = std::max<int64_t>(1, piece_keys / std::max<int64_t>(1, in.keys));
   parallel_pieces(problems * in.pieces, grain, [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t problem = unit / in.pieces, piece = unit % in.pieces;
-      Place at{problem / in.groups,  problem % in.groups, 0, 0, piece * piece_keys,
-               std::min(in.keys, (piece + 1) * piece_keys)};
+      // the key heads of a piece one after another: in the layout (B, S, G, E) they share pages
+      const int64_t b = unit / (in.pieces * in.groups), piece = unit / in.groups % in.pieces, g = unit % in.groups;
+      Place at{b, g, 0, 0, piece * piece_keys, std::min(in.keys, (piece + 1) * piece_keys)};
       for (at.row = 0; at.row < in.rows; at.row += most_rows) {
         at.count = std::min(most_rows, in.rows - at.row);
-        const int64_t part = unit * in.rows + at.row;
+        const int64_t part = ((b * in.groups + g) * in.pieces + piece) * in.rows + at.row;
         attend<S>(in, at, softmax + part, sums + part * in.value_width);
       }
     }

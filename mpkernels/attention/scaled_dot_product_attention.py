@@ -24,7 +24,8 @@ def scaled_dot_product_attention(
 
     Where torch says nothing or its kernels differ, this is as :func:`attention`: a query that sees no key gets 0, a
     NaN in a hidden key or value does not leak, gradients are deterministic, of any order, and include that of a float
-    ``attn_mask``.
+    ``attn_mask``. One value differs: a row of nothing but the lowest float32, which torch gives the mean of the values,
+    counts as hidden, and gets 0.
 
     Args:
         query: (..., H, L, E); float32, float64, bfloat16 or float16. All leading dimensions broadcast.
@@ -85,14 +86,14 @@ def scaled_dot_product_attention(
 
 
 def _bias(attn_mask: Tensor, query: Tensor) -> Tensor:
-    """A float mask in the dtype of the query; what is finite stays finite, because -inf hides and -1e38 does not."""
+    """A float mask in the dtype of the query; what narrow numbers cannot hold must not come to hide by that."""
     low = query.dtype in (torch.bfloat16, torch.float16)
     if attn_mask.dtype == query.dtype:
         return attn_mask
     if not (low and attn_mask.dtype == torch.float32):
         raise TypeError(f"attn_mask: expected bool or the dtype of query, {query.dtype}, got {attn_mask.dtype}")
     most = torch.finfo(query.dtype).max
-    return torch.where(attn_mask.isfinite(), attn_mask.clamp(-most, most), attn_mask).to(query.dtype)
+    return torch.where(attn_mask <= -1e30, -torch.inf, attn_mask.clamp(-most, most)).to(query.dtype)
 
 
 def _broadcast_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -88,7 +88,9 @@ def fit(spec: OpSpec, settings: dict[str, Any], output: Path) -> dict:
         "machine": machine.describe(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": time.perf_counter() - started,
-        "interrupted": interrupted or (asked is not None and made.get("steps_done", asked) < asked),
+        "interrupted": interrupted
+        or made.get("interrupted", False)
+        or (asked is not None and made.get("steps_done", asked) < asked),
     }
     (output / RESULT).write_text(terminal.to_json(made) + "\n")
     return made

@@ -379,7 +379,11 @@ def compile_triton(kernel: TritonKernel, family: str, arch: int) -> list[KernelR
     if unknown or surplus:
         raise CompileError(f"the spec's signature: arguments without a type: {unknown}, unknown arguments: {surplus}")
     signature = {name: kernel.signature.get(name, "constexpr") for name in function.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in kernel.divisible
+    }
     try:
         compiled = triton.compile(
             ASTSource(function, signature, dict(kernel.constexprs), aligned),

@@ -12,6 +12,7 @@ from mpkernels import backends, checks
 from mpkernels.attention.attention import autograd, reference, schema
 
 LARGEST_HEAD = 256
+_HIDES = -1e30  # a bias of this or less, as schema.py has it
 _MOST = 2**31 - 1
 
 
@@ -47,8 +48,9 @@ def attention(
         value: (..., G, S, F).
         mask: which keys a query sees: an object of :mod:`mpkernels.masks`, or a bool tensor that broadcasts to
             (..., H, L, S), True where it sees.
-        bias: added to the scores; broadcasts to (..., H, L, S), dtype of ``query``. Differentiable. -inf takes away
-            all weight.
+        bias: added to the scores; broadcasts to (..., H, L, S), dtype of ``query``. Differentiable. Where it is
+            -1e30 or less (-inf, the lowest float32) the pair has no weight; a row of nothing else sees no key. (Keys
+            that may hold NaN need a mask: a bias hides them too late.)
         scale: factor of the scores. Default 1 / sqrt(E).
         enable_gqa: grouped queries: query head h reads key head h // (H / G).
         dropout_p: the share of the weights that is dropped, in [0, 1]. The others are divided by 1 - dropout_p.
@@ -252,6 +254,9 @@ def _add_to_rows(out: Tensor, lse: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     bias = (bias[..., 0] if bias.dim() else bias).to(lse.dtype)
     if bias.dim() > lse.dim():  # a single head without a dimension for it: (1, L)
         bias = bias.reshape(bias.shape[-1:])
-    hidden = (bias == -torch.inf).expand(lse.shape)
-    unmoved = hidden | (lse == -torch.inf)
-    return torch.where(hidden[..., None], 0.0, out), torch.where(unmoved, -torch.inf, lse + bias)
+    hidden = (bias <= _HIDES).expand(lse.shape)
+    # 0, or NaN for what is neither finite nor hides; a function of the bias, so that out has its gradient: zeros
+    nothing = torch.where(hidden | bias.isfinite(), 0.0, bias - bias)
+    replaced = hidden | ~bias.isfinite()
+    out = torch.where(replaced[..., None], nothing[..., None].to(out.dtype), out)
+    return out, torch.where(hidden | (lse == -torch.inf), -torch.inf, lse + bias)

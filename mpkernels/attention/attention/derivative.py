@@ -19,6 +19,8 @@ from torch import Tensor
 
 from mpkernels.attention.attention import dropout
 
+HIDES = -1e30  # a bias of this or less, as schema.py has it
+
 
 def _finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0.0)
@@ -61,6 +63,9 @@ def attention_gradient(
         visible = pairs((first[..., None] <= j) & (j < last[..., None]))
     if mask is not None:
         visible = visible & pairs(mask)
+
+    if bias is not None:
+        visible = visible & ~(pairs(bias) <= HIDES)
 
     q = by_group(query.to(wide))
     k, v = (x.to(wide)[:, :, None] for x in (key, value))  # (B, G, 1, S, .)

@@ -2,7 +2,8 @@
 
 Scaled dot-product attention (Vaswani et al. 2017, "Attention is all you need", eq. 1) over the keys that a query sees:
 
-    s_ij  = scale q_i . k_j                      softcap tanh(s_ij / softcap), where one is given; then + bias_ij
+    s_ij  = scale q_i . k_j                      softcap tanh(s_ij / softcap), where one is given; then + bias_ij,
+                                                 which hides where it is -1e30 or less
     lse_i = log sum_{j visible} exp(s_ij)
     w_ij  = exp(s_ij - lse_i)                    dropped, or divided by 1 - dropout_p
     out_i = sum_{j visible} w_ij v_j
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from mpkernels.attention.attention import dropout
+
+HIDES = -1e30  # a bias of this or less, as schema.py has it
 
 
 def attention(
@@ -49,6 +52,10 @@ def attention(
         visible = (first[..., None] <= j) & (j < last[..., None])
     if mask is not None:
         visible = mask if visible is None else visible & mask
+
+    if bias is not None:
+        shown = ~(bias <= HIDES)
+        visible = shown if visible is None else visible & shown
 
     if visible is None:
         scores = scale * (query @ key.transpose(-1, -2))

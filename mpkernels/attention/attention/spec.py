@@ -89,6 +89,9 @@ def _poisoned(keys: slice, *, rows: slice | None = None) -> Change:
     return change
 
 
+_all_poisoned = _poisoned(slice(None), rows=slice(None))
+
+
 def _padded_and_poisoned(arguments: dict, generator: torch.Generator) -> None:
     """Batch items of 17 and 5 real keys, with NaN in what is padded."""
     del generator
@@ -146,65 +149,51 @@ def _hides_by_bias(arguments: dict, generator: torch.Generator) -> None:
     bias[..., 2, :] = -torch.inf
 
 
-_SMALL = {"heads": 2, "lengths": (3, 4), "sizes": (2, 3)}
+_SMALL = {"lengths": (2, 3), "sizes": (2, 1)}
 
 _CASES = (
     Case("small", _case(1, **_SMALL), second_order=True),
     Case(
         "small, causal, grouped, a learnable bias",
-        _case(1, heads=(2, 1), lengths=(4, 3), sizes=(3, 2), bias=(2, 1, 3), mask=masks.causal()),
+        _case(1, heads=(2, 1), lengths=(2, 3), sizes=(1, 2), bias=(2, 1, 3), mask=masks.causal("lower_right")),
         second_order=True,
     ),
     Case(
         "small, soft cap, dropout, a bias a row and a key",
-        _case(1, **_SMALL, bias=(3, 4), softcap=1.5, dropout_p=0.4, seed=3),
+        _case(1, **_SMALL, bias=(2, 3), softcap=1.5, dropout_p=0.4, seed=3),
         second_order=True,
     ),
-    Case("typical", _case(2, heads=2, lengths=(64, 64), sizes=(64, 64))),
-    Case("causal", _case(1, heads=2, lengths=(70, 70), sizes=(32, 32), mask=masks.causal())),
+    Case("typical", _case(1, heads=2, lengths=(64, 64), sizes=(64, 64))),
+    Case("causal", _case(1, lengths=(67, 67), sizes=(16, 16), mask=masks.causal())),
     Case("odd sizes", _case(1, heads=1, lengths=(123, 5), sizes=(17, 33))),
-    Case("more keys than queries", _case(1, lengths=(5, 130), sizes=(40, 24), mask=masks.causal("lower_right"))),
+    Case(
+        "more keys than queries, soft cap",
+        _case(1, lengths=(5, 130), sizes=(40, 24), softcap=2.0, scale=0.4, mask=masks.causal("lower_right")),
+    ),
     Case("more queries than keys", _case(1, lengths=(20, 7), sizes=(5, 9), mask=masks.causal("lower_right"))),
     Case("across blocks", _case(1, lengths=(130, 129), sizes=(16, 16), mask=masks.window(20, 5))),
     Case("head size 1", _case(1, heads=2, lengths=(9, 17), sizes=(1, 1))),
     Case("head size 256", _case(1, lengths=(5, 18), sizes=(256, 256), mask=masks.causal("lower_right"))),
-    Case("values wider than keys", _case(1, lengths=(6, 19), sizes=(3, 100))),
-    Case("one query and one key", _case(2, heads=2, lengths=(1, 1), sizes=(8, 8))),
     Case("one key", _case(1, lengths=(19, 1), sizes=(8, 8), bias=(1, 19, 1))),
-    Case("grouped queries", _case(2, heads=(4, 2), lengths=(17, 33), sizes=(16, 8), mask=masks.causal())),
+    Case("grouped queries", _case(1, heads=(4, 2), lengths=(17, 33), sizes=(16, 8), mask=masks.causal())),
     Case("one key head for all", _case(1, heads=(3, 1), lengths=(18, 18), sizes=(8, 8), bias=(3, 1, 18))),
     Case("batch dimensions", _case(2, 3, heads=2, lengths=(5, 9), sizes=(8, 8), bias=(3, 1, 5, 1))),
     Case("one head without a dimension", lambda *a: _without_heads(_case(lengths=(9, 11), sizes=(8, 8))(*a))),
     Case(
         "heads last in memory",
-        _case(2, heads=(4, 2), lengths=(19, 33), sizes=(16, 16), mask=masks.causal(), change=_heads_last),
+        _case(2, heads=(2, 1), lengths=(15, 20), sizes=(16, 16), mask=masks.causal(), change=_heads_last),
     ),
     Case("strided", _case(2, heads=2, lengths=(17, 18), sizes=(8, 12), change=_strided)),
     Case("expanded", _case(2, heads=2, lengths=(5, 18), sizes=(8, 8), bias=(2, 1, 5, 18), change=_expanded)),
     Case("strictly causal", _case(1, lengths=(35, 35), sizes=(8, 8), mask=masks.strictly_causal())),
     Case(
-        "window from the lower right", _case(1, lengths=(9, 50), sizes=(8, 8), mask=masks.window(7, 2, "lower_right"))
-    ),
-    Case("prefix", _case(2, lengths=(40, 40), sizes=(8, 8), mask=masks.prefix([3, 21]))),
-    Case(
         "padding, NaN in what is padded",
         _case(2, heads=2, lengths=(6, 33), sizes=(8, 8), mask=masks.padding([17, 5]), change=_padded_and_poisoned),
-    ),
-    Case(
-        "documents and causal",
-        _case(
-            1,
-            heads=2,
-            lengths=(37, 37),
-            sizes=(8, 8),
-            mask=masks.causal() & masks.documents([0] * 5 + [1] * 20 + [2] * 12),
-        ),
     ),
     Case(
         "documents, no keys for one of them",
         _case(1, lengths=(12, 21), sizes=(8, 8), mask=masks.documents([0] * 4 + [1] * 4 + [2] * 4, [0] * 9 + [2] * 12)),
     ),
-    Case("dense mask", _case(2, heads=2, lengths=(17, 33), sizes=(8, 8), change=_visible(0.5, 2, 1, 17, 33))),
     Case(
         "dense mask with empty rows and blocks",
         _case(
@@ -235,7 +224,7 @@ _CASES = (
             lengths=(5, 18),
             sizes=(8, 8),
             mask=masks.padding(0),
-            change=_poisoned(slice(None), rows=slice(None)),
+            change=_all_poisoned,
         ),
     ),
     Case(
@@ -243,11 +232,11 @@ _CASES = (
         _case(
             1,
             heads=2,
-            lengths=(40, 40),
+            lengths=(20, 36),
             sizes=(8, 9),
-            bias=(2, 1, 40),
-            mask=masks.causal() & masks.window(9, 0) & masks.documents([0] * 20 + [1] * 20, [0] * 20 + [3] * 20),
-            change=_poisoned(slice(20, None), rows=slice(20, None)),
+            bias=(2, 1, 36),
+            mask=masks.causal() & masks.window(9, 0) & masks.documents([0] * 10 + [1] * 10, [0] * 10 + [3] * 26),
+            change=_poisoned(slice(10, None), rows=slice(10, None)),
         ),
     ),
     Case(
@@ -255,17 +244,14 @@ _CASES = (
         _case(1, lengths=(34, 34), sizes=(8, 8), mask=masks.causal(), change=_diagonal_and_poison),
     ),
     Case("bias", _case(2, heads=2, lengths=(17, 20), sizes=(8, 8), bias=(17, 20))),
-    Case("bias a head and a row", _case(1, heads=2, lengths=(9, 20), sizes=(8, 8), bias=(2, 9, 1))),
     Case("bias a batch item", _case(2, heads=2, lengths=(9, 20), sizes=(8, 8), bias=(2, 1, 9, 20))),
     Case("bias that hides", _case(1, heads=2, lengths=(9, 20), sizes=(8, 8), bias=(2, 9, 20), change=_hides_by_bias)),
-    Case("soft cap", _case(1, lengths=(9, 20), sizes=(8, 8), softcap=2.0, scale=1.3, mask=masks.causal("lower_right"))),
     Case(
         "dropout",
-        _case(2, heads=(4, 2), lengths=(9, 37), sizes=(8, 8), dropout_p=0.3, seed=2**40 + 7, mask=masks.window(30, 30)),
+        _case(2, heads=(4, 2), lengths=(9, 21), sizes=(8, 8), dropout_p=0.3, seed=2**40 + 7, mask=masks.window(30, 9)),
     ),
     Case("everything dropped", _case(1, lengths=(5, 18), sizes=(8, 8), dropout_p=1.0, seed=1)),
     Case("negative scale", _case(1, lengths=(9, 20), sizes=(8, 8), scale=-0.7)),
-    Case("scale 0", _case(1, lengths=(5, 18), sizes=(8, 8), scale=0.0)),
     Case("scores of 1e4", _case(1, lengths=(9, 20), sizes=(8, 8), scale=1.0, change=_huge)),
     Case("no queries", _case(2, lengths=(0, 9), sizes=(8, 4), mask=masks.causal())),
     Case("no keys", _case(2, heads=2, lengths=(5, 0), sizes=(8, 4), bias=(5, 0))),
@@ -273,7 +259,7 @@ _CASES = (
     Case(
         "large",
         _case(
-            1, heads=2, lengths=(300, 280), sizes=(64, 64), bias=(280,), mask=masks.causal() & masks.window(100, None)
+            1, heads=2, lengths=(150, 280), sizes=(20, 20), bias=(280,), mask=masks.causal() & masks.window(100, None)
         ),
         large=True,
     ),

@@ -82,7 +82,8 @@ def decode_attention(
     over the keys that query i sees. The queries are the last L of the sequence that the cache holds, and causal: query
     i sees the keys j <= length - L + i. The query heads of one key head are computed together, so that the cache is
     read once; long caches are split over keys. The same bits in every run and for any number of threads, and for a
-    sequence alone or in a batch. There are no gradients: to train, use ``mpkernels.attention``.
+    sequence alone or in a batch. There are no gradients: to train, use
+    :func:`mpkernels.attention.attention`.
 
     Args:
         query: (B, H, L, E), L <= 16, E <= 256. float32, float64, bfloat16 or float16 (computed in float32).
@@ -95,7 +96,7 @@ def decode_attention(
         mask: a further mask of :mod:`mpkernels.masks` over (L, S), or a bool tensor that broadcasts to (B, H, L, S),
             True where a query sees a key. It counts queries and keys from the start of the tensors, and knows nothing
             of ``lengths``.
-        bias: added to the scores; broadcasts to (B, H, L, S), the dtype of query. -inf hides a key.
+        bias: added to the scores; broadcasts to (B, H, L, S), the dtype of query. -1e30 and less hide a key.
         scale: factor of the scores; default 1 / sqrt(E).
         softcap: scores become softcap tanh(score / softcap), before the bias. Default (and 0): they do not.
         return_lse: whether to return the logarithm of the sum of the exponentials too.
@@ -114,7 +115,7 @@ def decode_attention(
 
     Example:
         >>> import torch
-        >>> from mpkernels.attention.decode_attention import decode_attention
+        >>> from mpkernels.attention import decode_attention
         >>> query = torch.randn(2, 8, 1, 64)
         >>> key, value = torch.randn(2, 2, 100, 64), torch.randn(2, 2, 100, 64)
         >>> decode_attention(query, key, value, lengths=torch.tensor([100, 37])).shape
@@ -125,7 +126,7 @@ def decode_attention(
         if x is not None and torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
             raise ValueError(
                 f"{name}: expected a tensor that needs no gradient, got one with requires_grad: decode_attention has "
-                "none; use mpkernels.attention, or torch.no_grad()"
+                "none; use mpkernels.attention.attention, or torch.no_grad()"
             )
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else _number("scale", scale)
     softcap = 0.0 if softcap is None else _number("softcap", softcap)
@@ -158,7 +159,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     if rows > MOST_QUERIES:
         raise ValueError(
             f"query: expected at most {MOST_QUERIES} queries, got shape {tuple(query.shape)}; "
-            "for more, use mpkernels.attention"
+            "for more, use mpkernels.attention.attention"
         )
     if not 1 <= width <= MOST_WIDTH:
         raise ValueError(f"query: expected a head size from 1 to {MOST_WIDTH}, got shape {tuple(query.shape)}")

@@ -42,6 +42,7 @@ VALIDATION_ROWS = 32  # for the curve
 NGRAMS = (2, 3, 4, 5, 6)  # lengths of n-grams that have embeddings
 PROMPTS = ("", "def ", "class ", "import ", "    def __init__(self")
 SAMPLE_BYTES = 400
+SAME_LOSS = 1e-3  # how far losses on the two attentions may be from each other, in bits per byte
 MODEL, SAMPLES, CURVE = "model.pt", "samples.txt", "curve.png"
 
 
@@ -501,6 +502,15 @@ def main() -> None:
     console.print(table)
     console.print((options["output"] / SAMPLES).read_text(), markup=False, highlight=False)
     console.print(f"{options['output']}: {MODEL}, {SAMPLES}, {CURVE}, report.json", soft_wrap=True)
+    found, xz = result["figures"]["bits_per_byte"], result["compressors_bits_per_byte"]["xz, one stream"]
+    console.print(f"A held-out byte takes {found:.3f} bits; {xz:.3f} by xz.", soft_wrap=True)
+    compared = result["attentions_compared"]
+    if compared:
+        difference, ratio = compared["largest_difference_of_losses"], compared["sdpa_seconds_over_mpkernels"]
+        words = f"SDPA: losses within {difference:.1e} of those on mpkernels; a step takes {ratio:.2f} times as long."
+        console.print(words, soft_wrap=True)
+        if not difference < SAME_LOSS:
+            parser.exit(1, f"attention: expected losses within {SAME_LOSS}, got {difference}\n")
     if result["interrupted"]:
         raise SystemExit(130)
 

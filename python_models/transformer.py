@@ -38,7 +38,7 @@ from python_models.transformer_training import ROWS, WARM_UP, Curve, Progress, T
 ATTENTIONS = ("mpkernels", "sdpa")
 POSITIONS = ("rotary", "sinusoidal", "learned")
 STRIDE = BLOCK * 3 // 4  # of the windows in which files are evaluated
-VALIDATION_ROWS = 32  # for the curve
+VALIDATION_ROWS = 16  # for the curve
 NGRAMS = (2, 3, 4, 5, 6)  # lengths of n-grams that have embeddings
 PROMPTS = ("", "def ", "class ", "import ", "    def __init__(self")
 SAMPLE_BYTES = 400

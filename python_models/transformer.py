@@ -500,7 +500,7 @@ def main() -> None:
             table.add_row(prefix + name, f"{value:.6f}" if abs(value) < 0.01 else f"{value:.3f}")
     console = Console()
     console.print(table)
-    console.print((options["output"] / SAMPLES).read_text(), markup=False, highlight=False)
+    console.print((options["output"] / SAMPLES).read_text(), markup=False, highlight=False, soft_wrap=True)
     console.print(f"{options['output']}: {MODEL}, {SAMPLES}, {CURVE}, report.json", soft_wrap=True)
     found, xz = result["figures"]["bits_per_byte"], result["compressors_bits_per_byte"]["xz, one stream"]
     console.print(f"A held-out byte takes {found:.3f} bits; {xz:.3f} by xz.", soft_wrap=True)

@@ -88,6 +88,7 @@ class TritonKernel:
     num_warps: int = 4
     num_stages: int = 1
     divisible: tuple[str, ...] = ()  # numbers that are multiples of 16, as strides mostly are: Triton specialises on it
+    architectures: tuple[int, ...] = ()  # those whose GPUs launch it, where tiles differ: 90 for sm_90; () for all
 
 
 _ALL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -38,10 +38,11 @@ from python_models.transformer_training import ROWS, WARM_UP, Curve, Progress, T
 ATTENTIONS = ("mpkernels", "sdpa")
 POSITIONS = ("rotary", "sinusoidal", "learned")
 STRIDE = BLOCK * 3 // 4  # of the windows in which files are evaluated
-VALIDATION_ROWS = 32  # for the curve
+VALIDATION_ROWS = 16  # for the curve
 NGRAMS = (2, 3, 4, 5, 6)  # lengths of n-grams that have embeddings
 PROMPTS = ("", "def ", "class ", "import ", "    def __init__(self")
 SAMPLE_BYTES = 400
+SAME_LOSS = 1e-3  # how far losses on the two attentions may be from each other, in bits per byte
 MODEL, SAMPLES, CURVE = "model.pt", "samples.txt", "curve.png"
 
 
@@ -499,8 +500,17 @@ def main() -> None:
             table.add_row(prefix + name, f"{value:.6f}" if abs(value) < 0.01 else f"{value:.3f}")
     console = Console()
     console.print(table)
-    console.print((options["output"] / SAMPLES).read_text(), markup=False, highlight=False)
+    console.print((options["output"] / SAMPLES).read_text(), markup=False, highlight=False, soft_wrap=True)
     console.print(f"{options['output']}: {MODEL}, {SAMPLES}, {CURVE}, report.json", soft_wrap=True)
+    found, xz = result["figures"]["bits_per_byte"], result["compressors_bits_per_byte"]["xz, one stream"]
+    console.print(f"A held-out byte takes {found:.3f} bits; {xz:.3f} by xz.", soft_wrap=True)
+    compared = result["attentions_compared"]
+    if compared:
+        difference, ratio = compared["largest_difference_of_losses"], compared["sdpa_seconds_over_mpkernels"]
+        words = f"SDPA: losses within {difference:.1e} of those on mpkernels; a step takes {ratio:.2f} times as long."
+        console.print(words, soft_wrap=True)
+        if not difference < SAME_LOSS:
+            parser.exit(1, f"attention: expected losses within {SAME_LOSS}, got {difference}\n")
     if result["interrupted"]:
         raise SystemExit(130)
 

@@ -40,6 +40,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t runs_of_piece = piece_keys / run_keys;
 constexpr int64_t most_rows = 32;  // rows whose scores are kept at a time
+template <typename T>
+constexpr T hiding_bias = T(-1e30);  // and less hides a key
 
 // Where a (1 or B, 1 or H, 1 or L, 1 or S) tensor keeps its elements; strides are 0 where it is expanded.
 struct Broadcast {
@@ -177,7 +179,7 @@ Softmax<T> soften(const Problem<S>& in, const Row<S>& row, int64_t begin, int64_
       } else {
         for (int64_t j = 0; j < count; ++j) added[j] = to_compute<S>(bias[j * in.bias_strides.key]);
       }
-      s = select<T>(added == broadcast<T>(-infinity), added, s + added);
+      s = select<T>(added <= hiding_bias<T>, broadcast<T>(-infinity), s + added);
     }
     const Mask<T> position = lane_indices<T>() + static_cast<Integer<T>>(k);
     Mask<T> seen = (position >= static_cast<Integer<T>>(row.first - begin)) &

@@ -33,6 +33,8 @@ constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int warps_per_block = 4;
 constexpr int threads_per_block = warps_per_block * warp_lanes;
 constexpr int64_t piece_keys = 256;
+template <typename T>
+constexpr T hiding_bias = T(-1e30);  // and less hides a key
 
 template <typename S>
 struct ComputeType {
@@ -221,12 +223,12 @@ __device__ __forceinline__ void add_keys(const Problem<S>& in, const Place<S>& a
       if (in.softcap > 0) score = in.softcap * tanh(score / in.softcap);
       if (!plain) {
         const int index = start + u * Shape::slots + slot;
-        bool seen = index < end && index >= rows.first[j] && index < rows.last[j];
+        bool seen = index >= rows.first[j] && index < rows.last[j];
         const int64_t position = at.begin + index;
         if (seen && in.mask != nullptr) seen = in.mask[rows.mask[j] + position * in.mask_strides.key];
         if (seen && in.bias != nullptr) {
           const T added = static_cast<T>(in.bias[rows.bias[j] + position * in.bias_strides.key]);
-          seen = added != minus_infinity<T>();
+          seen = !(added <= hiding_bias<T>);
           score += added;
         }
         if (!seen) score = minus_infinity<T>();
@@ -295,9 +297,10 @@ __device__ __forceinline__ void merge_slots(Sums<T, R, Layout<S, Width, R>::elem
   }
 }
 
-// Width: a multiple of 64 that E and F do not exceed. R: rows of a block.
+// Width: a multiple of 64 that E and F do not exceed. R: rows of a block. (Two or three blocks of a multiprocessor are
+// named, or ptxas takes fewer registers on sm_80, and spills.)
 template <typename S, int Width, int R>
-__global__ void __launch_bounds__(threads_per_block)
+__global__ void __launch_bounds__(threads_per_block, R == 1 ? 3 : 2)
     piece_kernel(const Problem<S> in,
                  Softmax<Compute<S>>* softmax,  // (B, G, pieces, rows)
                  Compute<S>* partial,           // (B, G, pieces, rows, F), unwritten where no row of a block sees a key
@@ -387,7 +390,7 @@ __global__ void __launch_bounds__(threads_per_block)
 
 // The pieces of a row, in the order of the keys; a block takes a row.
 template <typename S, typename T = Compute<S>>
-__global__ void __launch_bounds__(threads_per_block)
+__global__ void __launch_bounds__(threads_per_block, 8)
     merge_kernel(const Problem<S> in,
                  const Softmax<T>* softmax,  // (B, G, pieces, rows)
                  const T* partial,           // (B, G, pieces, rows, F)

@@ -347,11 +347,12 @@ def triton_kernels() -> tuple[list[tuple[str, TritonKernel]], tuple[Failure, ...
 
 
 def triton_jobs(kernels: Iterable[tuple[str, TritonKernel]]) -> list[_Job]:
-    """A compilation for each (family, kernel) and each of ``ARCHITECTURES``."""
+    """A compilation for each (family, kernel) and each of ``ARCHITECTURES`` that launches it."""
     return [
         _Job(kernel.name, f"sm_{arch}", functools.partial(compile_triton, kernel, family, arch))
         for family, kernel in kernels
         for arch in ARCHITECTURES
+        if not kernel.architectures or arch in kernel.architectures
     ]
 
 

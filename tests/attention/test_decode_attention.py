@@ -14,7 +14,7 @@ from mpkernels.testing import compare, strategies
 from mpkernels.testing.properties import OpProperties
 
 FUZZ = settings(
-    max_examples=15,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     # one test runs in several subclasses, and fibres take their time
@@ -58,7 +58,7 @@ class DecodeAttentionProperties(OpProperties):
         assert torch.equal((out == 0).all(-1).cpu(), empty)
         assert bool(out.isfinite().all())
 
-    @pytest.mark.parametrize("how", ["lengths", "interval", "dense", "bias"])
+    @pytest.mark.parametrize("how", ["lengths", "interval", "dense", "bias", "lowest bias"])
     def test_hidden_keys_may_hold_anything(self, how):
         """NaN and infinity in what no query, or not this query, sees; and the same bits as with zeros there."""
         query, key, value = normal(1, 4, 2, 40), normal(1, 2, 300, 40, seed=1), normal(1, 2, 300, 24, seed=2)
@@ -67,7 +67,8 @@ class DecodeAttentionProperties(OpProperties):
             "lengths": {"lengths": torch.tensor([290])},
             "interval": {"mask": masks.window(200, 0, align="lower_right")},
             "dense": {"mask": ~hidden},
-            "bias": {"bias": torch.where(hidden, -math.inf, 0.0).double()},
+            "bias": {"bias": torch.zeros(300).masked_fill(hidden, -math.inf).double()},
+            "lowest bias": {"bias": hidden.double() * -1e30},
         }[how]
         if how == "interval":
             hidden = torch.arange(300) < 98  # query 0 sees the keys from 98 on, query 1 those from 99 on
@@ -239,7 +240,7 @@ class TestCpu(DecodeAttentionProperties):
         for others in found[1:]:
             assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
-    @pytest.mark.parametrize("width", [8, 32, 40, 64, 96, 100, 128, 256])
+    @pytest.mark.parametrize("width", [8, 40, 64, 100, 256])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_types_at_every_width(self, dtype, width):
         """bfloat16 rows are kept in another order inside the kernel, by pairs of vectors and what is left."""

@@ -115,6 +115,10 @@ def test_a_mask_of_the_lowest_number_hides():
 def test_float32_masks_of_narrow_inputs():
     query, key, value = tensors(2, 3, dtype=torch.bfloat16)
     check(query, key, value, normal(5, 7, seed=3), tolerance=2e-3)
+    narrow = [x.detach().to(torch.float16) for x in (query, key, value)]
+    mask = torch.full((5, 7), -1e5)  # no number of float16, and no reason to hide a row
+    torch.testing.assert_close(ours(*narrow, mask), theirs(*narrow, mask), rtol=2e-2, atol=0.3)
+    assert ours(*narrow, mask).all()
 
 
 def test_scale():

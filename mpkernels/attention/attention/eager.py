@@ -35,9 +35,9 @@ def attention(
     """Torch's function where it returns what is asked for, else the usual lines with the scores stored."""
     if not return_lse and visible is None and softcap is None and dropout_p == 0:
         causal = mask == masks.causal()
+        seen: Tensor | None = mask if isinstance(mask, Tensor) else None
         if isinstance(mask, masks.Mask) and not causal:
-            mask = _kept_mask(mask, query.shape[-2], key.shape[-2], query.device)
-        seen = None if causal else mask
+            seen = _kept_mask(mask, query.shape[-2], key.shape[-2], query.device)
         if bias is not None:
             seen = bias if seen is None else torch.where(seen, bias, -torch.inf)
         out = torch.nn.functional.scaled_dot_product_attention(

@@ -9,8 +9,9 @@ Scaled dot-product attention (Vaswani et al. 2017, "Attention is all you need", 
     out_i = sum_{j visible} w_ij v_j
 
 A key that is hidden from a query must not touch it, whatever it holds: 0 times NaN is NaN, also in the products of the
-gradient. So where anything is hidden, products are written out for every pair (query, key) and the operands of hidden
-pairs are replaced by zeros before they are multiplied. That takes L S E numbers: this is for small tensors.
+gradient. So where anything is hidden, products are written out for every pair (query, key), with zeros in place of the
+keys and values of hidden pairs; what a select does not take gets no gradient, not even from a NaN. That takes L S E
+numbers: this is for small tensors.
 """
 
 from __future__ import annotations
@@ -60,8 +61,7 @@ def attention(
     if visible is None:
         scores = scale * (query @ key.transpose(-1, -2))
     else:
-        queries, seen = _select(visible, query[:, :, :, None]), _select(visible, key[:, :, None])
-        scores = scale * (queries * seen).sum(-1)
+        scores = scale * (query[:, :, :, None] * _select(visible, key[:, :, None])).sum(-1)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:

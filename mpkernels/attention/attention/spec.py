@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ def _attention(*, visible: Tensor | None = None, **arguments) -> tuple[Tensor, .
     if visible is not None:
         mask = arguments.get("mask")
         arguments["mask"] = visible if mask is None else mask & masks.dense(visible)
-    found = api.attention(**({"return_lse": True} | arguments))
+    given: dict[str, Any] = {"return_lse": True} | arguments
+    found = api.attention(**given)
     return found if isinstance(found, tuple) else (found,)
 
 
@@ -149,7 +151,7 @@ def _hides_by_bias(arguments: dict, generator: torch.Generator) -> None:
     bias[..., 2, :] = -torch.inf
 
 
-_SMALL = {"lengths": (2, 3), "sizes": (2, 1)}
+_SMALL: dict[str, Any] = {"lengths": (2, 3), "sizes": (2, 1)}
 
 _CASES = (
     Case("small", _case(1, **_SMALL), second_order=True),
@@ -163,8 +165,8 @@ _CASES = (
         _case(1, **_SMALL, bias=(2, 3), softcap=1.5, dropout_p=0.4, seed=3),
         second_order=True,
     ),
-    Case("typical", _case(2, heads=2, lengths=(64, 64), sizes=(64, 64))),
-    Case("causal", _case(1, heads=2, lengths=(70, 70), sizes=(32, 32), mask=masks.causal())),
+    Case("typical", _case(1, heads=2, lengths=(64, 64), sizes=(64, 64))),
+    Case("causal", _case(1, lengths=(67, 67), sizes=(16, 16), mask=masks.causal())),
     Case("odd sizes", _case(1, heads=1, lengths=(123, 5), sizes=(17, 33))),
     Case(
         "more keys than queries, soft cap",
@@ -175,13 +177,13 @@ _CASES = (
     Case("head size 1", _case(1, heads=2, lengths=(9, 17), sizes=(1, 1))),
     Case("head size 256", _case(1, lengths=(5, 18), sizes=(256, 256), mask=masks.causal("lower_right"))),
     Case("one key", _case(1, lengths=(19, 1), sizes=(8, 8), bias=(1, 19, 1))),
-    Case("grouped queries", _case(2, heads=(4, 2), lengths=(17, 33), sizes=(16, 8), mask=masks.causal())),
+    Case("grouped queries", _case(1, heads=(4, 2), lengths=(17, 33), sizes=(16, 8), mask=masks.causal())),
     Case("one key head for all", _case(1, heads=(3, 1), lengths=(18, 18), sizes=(8, 8), bias=(3, 1, 18))),
     Case("batch dimensions", _case(2, 3, heads=2, lengths=(5, 9), sizes=(8, 8), bias=(3, 1, 5, 1))),
     Case("one head without a dimension", lambda *a: _without_heads(_case(lengths=(9, 11), sizes=(8, 8))(*a))),
     Case(
         "heads last in memory",
-        _case(2, heads=(4, 2), lengths=(19, 33), sizes=(16, 16), mask=masks.causal(), change=_heads_last),
+        _case(2, heads=(2, 1), lengths=(15, 20), sizes=(16, 16), mask=masks.causal(), change=_heads_last),
     ),
     Case("strided", _case(2, heads=2, lengths=(17, 18), sizes=(8, 12), change=_strided)),
     Case("expanded", _case(2, heads=2, lengths=(5, 18), sizes=(8, 8), bias=(2, 1, 5, 18), change=_expanded)),
@@ -232,11 +234,11 @@ _CASES = (
         _case(
             1,
             heads=2,
-            lengths=(40, 40),
+            lengths=(20, 36),
             sizes=(8, 9),
-            bias=(2, 1, 40),
-            mask=masks.causal() & masks.window(9, 0) & masks.documents([0] * 20 + [1] * 20, [0] * 20 + [3] * 20),
-            change=_poisoned(slice(20, None), rows=slice(20, None)),
+            bias=(2, 1, 36),
+            mask=masks.causal() & masks.window(9, 0) & masks.documents([0] * 10 + [1] * 10, [0] * 10 + [3] * 26),
+            change=_poisoned(slice(10, None), rows=slice(10, None)),
         ),
     ),
     Case(
@@ -248,7 +250,7 @@ _CASES = (
     Case("bias that hides", _case(1, heads=2, lengths=(9, 20), sizes=(8, 8), bias=(2, 9, 20), change=_hides_by_bias)),
     Case(
         "dropout",
-        _case(2, heads=(4, 2), lengths=(9, 37), sizes=(8, 8), dropout_p=0.3, seed=2**40 + 7, mask=masks.window(30, 30)),
+        _case(2, heads=(4, 2), lengths=(9, 21), sizes=(8, 8), dropout_p=0.3, seed=2**40 + 7, mask=masks.window(30, 9)),
     ),
     Case("everything dropped", _case(1, lengths=(5, 18), sizes=(8, 8), dropout_p=1.0, seed=1)),
     Case("negative scale", _case(1, lengths=(9, 20), sizes=(8, 8), scale=-0.7)),

@@ -5,6 +5,7 @@ The kernels, with formulas and decomposition: :mod:`triton_forward`, :mod:`trito
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy
@@ -22,35 +23,60 @@ from mpkernels.spec import TritonKernel
 
 _CHUNK = 128  # blocks that the kernels of the plan look at together
 
-# (queries, keys, warps, stages) of a block by kernel, bytes of an element and padded head size. Chosen by registers and
-# shared memory (an accumulator of 128 x 128 is 64 registers a thread of 8 warps), and compiled without spills; no GPU
-# has measured them yet.
+# (queries, keys, warps, stages) by kernel and bytes of an element, then by padded head size. Chosen by registers and
+# shared memory: an accumulator of 128 x 128 is 64 registers a thread of 8 warps; what kernels_to_compile names spills
+# nothing on the architectures that take it. No GPU has measured them yet.
 _BLOCKS = {
-    ("forward", 2): {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-    ("query", 2): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-    ("keys", 2): {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
-    ("bias", 2): {64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
-    ("forward", 4): {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-    ("query", 4): {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
-    ("keys", 4): {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
-    ("bias", 4): {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)},
-    ("forward", 8): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
-    ("query", 8): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
-    ("keys", 8): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
-    ("bias", 8): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    ("forward", 2): {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+    ("query", 2): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+    ("keys", 2): {64: (32, 128, 8, 2), 128: (32, 32, 4, 1), 256: (16, 32, 8, 1)},
+    ("bias", 2): {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)},
+    ("forward", 4): {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    ("query", 4): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    ("keys", 4): {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    ("bias", 4): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    ("forward", 8): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    ("query", 8): {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    ("keys", 8): {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    ("bias", 8): {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
-_INTERPRETED = (16, 16, 4, 1)  # the least that a product of tiles takes: small inputs still have several blocks
+# Where an architecture carries more. A product of Hopper has 64 rows for four warps: fewer would be done twice.
+_BLOCKS_ON = {
+    80: {("keys", 2): {128: (64, 64, 8, 2)}},
+    90: {
+        ("forward", 2): {128: (128, 128, 8, 2)},
+        ("query", 2): {128: (128, 64, 8, 2)},
+        ("keys", 2): {64: (64, 128, 8, 2), 128: (32, 128, 8, 2)},
+    },
+}
+# Where a mask, a bias, a softcap or dropout wants registers for every pair.
+_BLOCKS_LOADED = {
+    ("forward", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+    ("query", 2): {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+    ("keys", 2): {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+}
+_INTERPRETED = 16  # the least that a product of tiles takes: small inputs still have several blocks
 
 
 def _padded(width: int) -> int:
     return max(16, 1 << max(width - 1, 0).bit_length())
 
 
-def _blocks_of(kernel: str, element_size: int, width: int) -> tuple[int, int, int, int]:
-    if library.triton_interpreted():
-        return _INTERPRETED
-    table = _BLOCKS[kernel, element_size]
-    return next(table[size] for size in sorted(table) if width <= size)
+def _blocks_of(kernel: str, element_size: int, width: int, loaded: bool, arch: int) -> tuple[int, int, int, int]:
+    key = kernel, element_size
+    found = {}
+    for size in (64, 128, 256):
+        found[size] = _BLOCKS_ON.get(arch, {}).get(key, {}).get(size, _BLOCKS[key][size])
+        if loaded and key in _BLOCKS_LOADED:
+            found[size] = _BLOCKS_LOADED[key][size]
+    return next(found[size] for size in sorted(found) if width <= size)
+
+
+@functools.lru_cache(maxsize=64)
+def _arch(device: torch.device) -> int:
+    """The column of the table that a GPU takes: of A100, H100 or B200."""
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: 90, 10: 100}.get(major, 80)
 
 
 def _parts(x: float) -> tuple[float, float]:
@@ -90,6 +116,7 @@ class _Problem:
         self.sizes = (self.heads, self.group, self.rows, self.keys)
         self.numbers = (*_parts(scale), *_parts(softcap), *_parts(kept), round(dropout_p * 2**32))
         self.width = max(_padded(width), _padded(value_width))
+        self.loaded = mask is not None or bias is not None or softcap > 0 or drops
         self.flags = {
             "E": width,
             "F": value_width,
@@ -107,7 +134,13 @@ class _Problem:
 
     def settings(self, kernel: str) -> tuple[Settings, dict[str, int]]:
         """What a kernel is specialised for, and its launch options."""
-        block_m, block_n, warps, stages = _blocks_of(kernel, self.query.element_size(), self.width)
+        if library.triton_interpreted():
+            block_m = block_n = _INTERPRETED if max(self.rows, self.keys) <= 48 else 2 * _INTERPRETED
+            warps, stages = 4, 1
+        else:
+            arch = _arch(self.query.device)
+            blocks = _blocks_of(kernel, self.query.element_size(), self.width, self.loaded, arch)
+            block_m, block_n, warps, stages = blocks
         ragged = self.rows % block_m != 0 if kernel == "keys" else self.keys % block_n != 0
         settings = Settings(BLOCK_M=block_m, BLOCK_N=block_n, RAGGED=ragged, **self.flags)
         return settings, {"num_warps": warps, "num_stages": stages}
@@ -225,7 +258,9 @@ def backward(
     """The op ``attention_backward`` of schema.py: gradients of query, key, value and bias."""
     problem = _Problem(query, key, value, first, last, mask, bias, seed, scale, softcap, dropout_p)
     batch, heads, rows = problem.batch, problem.heads, problem.rows
-    of_query, of_key, of_value = (schema.new_heads(x, *x.shape, heads_last) for x in (query, key, value))
+    of_query, of_key, of_value = (
+        schema.new_heads(x, x.shape[0], x.shape[1], x.shape[2], x.shape[3], heads_last) for x in (query, key, value)
+    )
     of_bias = query.new_empty(bias.shape if needs_bias and bias is not None else (0,))
     grad_out = torch.zeros_like(out) if grad_out is None else _rows_of(grad_out)
     out, lse = _rows_of(out), lse.contiguous()
@@ -337,34 +372,46 @@ def _backward_bias(problem: _Problem, grad_out: Tensor, top: Tensor, delta: Tens
     )
 
 
-def compiled_kernels() -> tuple[TritonKernel, ...]:
-    """The specialisations that the compile gates build."""
+def kernels_to_compile() -> tuple[TritonKernel, ...]:
+    """The specialisations that the compile gates build, each for the architectures that take its blocks."""
     everything = ("MASK", "BIAS", "SOFTCAP", "DROPOUT")
     forward, query = forward_kernels.attention_forward, backward_kernels.attention_backward_query
     keys, bias = backward_kernels.attention_backward_keys, backward_kernels.attention_backward_bias
-    return (
-        _compiled("forward", forward, "bf16", 128),
-        _compiled("forward", forward, "bf16", 64, "INTERVALS"),
-        _compiled("forward", forward, "bf16", 128, "INTERVALS"),
-        _compiled("forward", forward, "bf16", 128, *everything),
-        _compiled("forward", forward, "fp32", 64, "INTERVALS"),
-        _compiled("query", query, "bf16", 128, "INTERVALS"),
-        _compiled("query", query, "bf16", 128, *everything),
-        _compiled("query", query, "fp32", 64, "INTERVALS"),
-        _compiled("keys", keys, "bf16", 64),
-        _compiled("keys", keys, "bf16", 128, "INTERVALS"),
-        _compiled("keys", keys, "bf16", 128, *everything),
-        _compiled("keys", keys, "fp32", 64, "INTERVALS"),
-        _compiled("bias", bias, "bf16", 128, "BIAS", "INTERVALS"),
-        _compiled("query", backward_kernels.attention_backward_delta, "bf16", 128),
-        _compiled("keys", plan_kernels.attention_block_states, "bf16", 64, "INTERVALS", "MASK"),
-        _compiled("keys", plan_kernels.attention_block_lists, "bf16", 64),
-    )
+    found = [
+        *_compiled("forward", forward, "bf16", 64, "INTERVALS"),
+        *_compiled("forward", forward, "bf16", 128),
+        *_compiled("forward", forward, "bf16", 128, "INTERVALS"),
+        *_compiled("forward", forward, "bf16", 128, *everything),
+        *_compiled("forward", forward, "fp32", 64, "INTERVALS"),
+        *_compiled("query", query, "bf16", 128, "INTERVALS"),
+        *_compiled("query", query, "bf16", 128, "MASK", "BIAS"),
+        *_compiled("query", query, "fp32", 64, "INTERVALS"),
+        *_compiled("keys", keys, "bf16", 64, "INTERVALS"),
+        *_compiled("keys", keys, "bf16", 128, "INTERVALS"),
+        *_compiled("keys", keys, "bf16", 128, "MASK", "BIAS"),
+        *_compiled("keys", keys, "fp32", 64, "INTERVALS"),
+        *_compiled("bias", bias, "bf16", 128, "BIAS", "INTERVALS"),
+        *_compiled("query", backward_kernels.attention_backward_delta, "fp32", 128),
+        *_compiled("bias", plan_kernels.attention_block_states, "bf16", 64, "INTERVALS", "MASK"),
+        *_compiled("bias", plan_kernels.attention_block_lists, "bf16", 64),
+    ]
+    return tuple(found)
 
 
-def _compiled(blocks: str, function, dtype: str, width: int, *has: str) -> TritonKernel:
+def _compiled(blocks: str, function, dtype: str, width: int, *has: str) -> list[TritonKernel]:
+    size = 2 if dtype == "bf16" else 4
+    loaded = bool({"MASK", "BIAS", "SOFTCAP", "DROPOUT"} & set(has))
+    by_blocks: dict[tuple[int, int, int, int], list[int]] = {}
+    for arch in (80, 90, 100):
+        by_blocks.setdefault(_blocks_of(blocks, size, width, loaded, arch), []).append(arch)
+    return [_specialised(found, tuple(archs), function, dtype, width, *has) for found, archs in by_blocks.items()]
+
+
+def _specialised(
+    blocks: tuple[int, int, int, int], architectures: tuple[int, ...], function, dtype: str, width: int, *has: str
+) -> TritonKernel:
     """A specialisation with the optional inputs that ``has`` names."""
-    block_m, block_n, warps, stages = _BLOCKS[blocks, 2 if dtype == "bf16" else 4][width]
+    block_m, block_n, warps, stages = blocks
     flags = {f"HAS_{name}": name in has for name in ("INTERVALS", "MASK", "BIAS", "SOFTCAP", "DROPOUT")}
     settings = Settings(
         E=width,
@@ -384,29 +431,33 @@ def _compiled(blocks: str, function, dtype: str, width: int, *has: str) -> Trito
     absent = [("first", "last"), ("mask",), ("bias",), ("seed",)]
     for present, names in zip(("INTERVALS", "MASK", "BIAS", "DROPOUT"), absent, strict=True):
         constexprs |= {} if present in has else dict.fromkeys(names)
-    if not ("MASK" in has or ("INTERVALS" in has and blocks == "keys")) and "states" not in function.arg_names:
+    if (
+        not ("MASK" in has or ("INTERVALS" in has and "grad_key" in function.arg_names))
+        and "states" not in function.arg_names
+    ):
         constexprs |= {"blocks": None, "counts": None}
     constexprs = {name: value for name, value in constexprs.items() if name in function.arg_names}
     wide = ("scale", "scale_rest", "softcap", "softcap_rest", "kept", "kept_rest")
     kinds = {"seed": "*i64", "states": "*i8", "mask": "*u8", "threshold": "i64"} | dict.fromkeys(wide, "fp32")
     kinds |= dict.fromkeys(("first", "last", "blocks", "counts"), "*i32")
     kinds |= dict.fromkeys(("lse", "grad_lse", "top", "delta"), "*fp32")
-    tensors = "query key value bias out grad_out grad_query grad_key grad_value grad_bias".split()
-    kinds |= dict.fromkeys(tensors, f"*{dtype}")
-    counts = "heads group rows keys lines slots padded plan_heads bias_heads batch_share head_share".split()
-    kinds |= dict.fromkeys(counts, "i32")
+    kinds |= dict.fromkeys(("query", "key", "value", "bias", "out", "grad_out"), f"*{dtype}")
+    kinds |= dict.fromkeys(("grad_query", "grad_key", "grad_value", "grad_bias"), f"*{dtype}")
+    kinds |= dict.fromkeys(("heads", "group", "rows", "keys", "padded", "lines", "slots", "plan_heads"), "i32")
+    kinds |= dict.fromkeys(("bias_heads", "batch_share", "head_share"), "i32")
 
     def kind(argument: str) -> str:
         return "constexpr" if argument in constexprs else kinds.get(argument, "i64")  # the rest are strides
 
     signature = {argument: kind(argument) for argument in function.arg_names}
-    with_name = ", ".join(["", *(name.lower() for name in has)])
+    words = [dtype, str(width), f"{block_m}x{block_n}", *(name.lower() for name in has)]
     return TritonKernel(
-        name=f"{function.fn.__name__}[{dtype}, {width}{with_name}]",
+        name=f"{function.fn.__name__}[{', '.join(words)}]",
         function=function,
         signature=signature,
         constexprs=constexprs,
         num_warps=warps,
         num_stages=stages,
         divisible=tuple(name for name, kind in signature.items() if kind == "i64" and name != "threshold"),
+        architectures=architectures,
     )

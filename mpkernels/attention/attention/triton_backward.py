@@ -12,9 +12,9 @@ and so all weights 0, where a row sees nothing or is padding.
 
 Decomposition, without atomics, every sum in the order of a loop:
     attention_backward_delta  a program a block of queries: delta, and top = log2(e) lse
-    attention_backward_keys   a program BLOCK_N keys of one key head: dK and dV stay in registers while it walks over the
-                              query heads of the group and, in each, over the query blocks that see the keys. Its tiles
-                              are (keys, queries), so that the weights enter the products with dO and q as they are.
+    attention_backward_keys   a program BLOCK_N keys of one key head: dK and dV stay in registers while it walks over
+                              the query heads of the group and, in each, over the query blocks that see the keys. Its
+                              tiles are (keys, queries): so the weights enter the products with dO and q as they are.
     attention_backward_query  a program BLOCK_M queries: dQ stays in registers, as in the forward
     attention_backward_bias   a program a tile of the bias, over the batches and heads (and rows) that share it
 Partial blocks come first, full blocks after them without a mask. Hidden NaNs are met as in the forward: where the sums
@@ -74,7 +74,7 @@ def attention_backward_delta(
     S: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
 ):
-    """top and delta of BLOCK_M queries, there or not."""
+    """The statistics top and delta of BLOCK_M queries, there or not."""
     program = tl.program_id(0)
     rows = number(rows)
     BLOCK_M: tl.constexpr = S.BLOCK_M
@@ -101,7 +101,7 @@ def attention_backward_delta(
 @triton.jit
 def _weigh(dots, row, column, top, tensors, strides, numbers, S: tl.constexpr):
     """Weights of the dot products q . k, nothing masked or dropped yet, and the slope of the softcap."""
-    scores, slope = logits(dots, row, column, tensors, strides, numbers, S)
+    scores, slope = logits(dots, row, column, tensors, strides, numbers, S)  # pyright: ignore[reportGeneralTypeIssues]
     return tl.exp2(scores - top), slope
 
 
@@ -131,8 +131,10 @@ def _differentiate(weights, slope, grads, delta, visible, dropped, numbers, S: t
 
 
 @triton.jit
-def _query_tile(acc, q, grad, block, place, key, value, tensors, strides, numbers, S: tl.constexpr, MASKED: tl.constexpr):
-    """dQ over a block of keys, by products of tiles."""
+def _query_tile(
+    acc, q, grad, block, place, key, value, tensors, strides, numbers, S: tl.constexpr, MASKED: tl.constexpr
+):
+    """The sum dQ over a block of keys, by products of tiles."""
     row, begin, end, low, high, top, delta = place
     start = block * S.BLOCK_N
     column = (start + tl.arange(0, S.BLOCK_N))[None, :]
@@ -154,7 +156,7 @@ def _query_tile(acc, q, grad, block, place, key, value, tensors, strides, number
 
 @triton.jit
 def _query_key(acc, query, grad_out, at_key, place, key, value, tensors, strides, numbers, S: tl.constexpr):
-    """dQ over one key, without a product that a hidden number takes part in."""
+    """The sum dQ over one key, without a product that a hidden number takes part in."""
     row, begin, end, _, _, top, delta = place
     rows = numbers[0]
     at_k, at_v = key[0] + wide(at_key) * key[1], value[0] + wide(at_key) * value[1]
@@ -228,7 +230,7 @@ def attention_backward_query(
     threshold,
     S: tl.constexpr,
 ):
-    """dQ of BLOCK_M queries of one head."""
+    """The gradient dQ of BLOCK_M queries of one head."""
     program = tl.program_id(0)
     rows, keys = number(rows), number(keys)
     BLOCK_M: tl.constexpr = S.BLOCK_M
@@ -239,7 +241,7 @@ def attention_backward_query(
     head_of_all = program // row_blocks  # b H + h
     batch = (head_of_all // heads).to(tl.int64)
     head = (head_of_all % heads).to(tl.int64)
-    key_of = head // group
+    key_of = (head_of_all % heads // group).to(tl.int64)
     queries = (query + batch * query_batch + head * query_head, query_row, block_m * BLOCK_M)
     gradients = (grad_out + batch * grad_batch + head * grad_head, grad_row)
     key_rows = (key + batch * key_batch + key_of * key_head, key_row)
@@ -279,7 +281,7 @@ def attention_backward_query(
         for step in range(0, partial):
             block = partial_block(step, blocks, block_begin, before, full, S.HAS_MASK)
             acc = _query_tile(acc, q, grad, block, place, key_rows, value_rows, tensors, strides, numbers, S, True)
-    if S.HAS_INTERVALS or S.HAS_MASK:
+    if S.HAS_INTERVALS or S.HAS_MASK:  # noqa: SIM102 (constants, apart from what the device finds)
         if not_finite(acc):
             acc = tl.zeros((BLOCK_M, BLOCK_E), S.COMPUTE)
             for step in range(0, partial):
@@ -299,7 +301,7 @@ def attention_backward_query(
 
 @triton.jit
 def _keys_tile(state, k, v, column, block, queries, tensors, strides, numbers, S: tl.constexpr, MASKED: tl.constexpr):
-    """dK and dV over a block of queries, by products of tiles (keys, queries)."""
+    """The sums dK and dV over a block of queries, by products of tiles (keys, queries)."""
     of_key, of_value = state
     query, query_row, grad_out, grad_row, top, delta, first, last = queries
     rows = numbers[0]
@@ -329,7 +331,7 @@ def _keys_tile(state, k, v, column, block, queries, tensors, strides, numbers, S
 
 @triton.jit
 def _keys_row(state, key, value, column, row, queries, tensors, strides, numbers, S: tl.constexpr):
-    """dK and dV over one query, without a product that a hidden number takes part in."""
+    """The sums dK and dV over one query, without a product that a hidden number takes part in."""
     of_key, of_value = state
     query, query_row, grad_out, grad_row, top, delta, first, last = queries
     rows, keys = numbers[0], numbers[1]
@@ -349,9 +351,10 @@ def _keys_row(state, key, value, column, row, queries, tensors, strides, numbers
     weights, slope = _weigh(dots, line, column, tops, tensors, strides, numbers, S)
     _, grad_dots = _differentiate(weights, slope, grads, deltas, visible, dropped, numbers, S, True)
     weights = _kept(weights, visible, dropped, S, True)
-    q = load_vector(query, row, query_row, S.E, S.BLOCK_E, S.COMPUTE)
     grad = load_vector(grad_out, row, grad_row, S.F, S.BLOCK_F, S.COMPUTE)
     of_value += tl.where(visible[:, None], weights[:, None] * grad[None, :], 0.0)
+    tl.debug_barrier()  # keeps the loads, and their registers, apart
+    q = load_vector(query, row, query_row, S.E, S.BLOCK_E, S.COMPUTE)
     of_key += tl.where(visible[:, None], grad_dots[:, None] * q[None, :], 0.0)
     return of_key, of_value
 
@@ -417,7 +420,7 @@ def attention_backward_keys(
     threshold,
     S: tl.constexpr,
 ):
-    """dK and dV of BLOCK_N keys of one key head."""
+    """The gradients dK and dV of BLOCK_N keys of one key head."""
     program = tl.program_id(0)
     rows, keys = number(rows), number(keys)
     BLOCK_M: tl.constexpr = S.BLOCK_M
@@ -490,14 +493,10 @@ def attention_backward_keys(
                 for step in range(0, count):
                     if turn == 2:
                         block = full_block(step, list_of, 0, slots, LISTED)
-                        state = _keys_tile(
-                            state, k, v, column, block, queries, tensors, strides, numbers, S, False
-                        )
+                        state = _keys_tile(state, k, v, column, block, queries, tensors, strides, numbers, S, False)
                     elif turn == 0:
                         block = partial_block(step, list_of, 0, 0, 0, True)
-                        state = _keys_tile(
-                            state, k, v, column, block, queries, tensors, strides, numbers, S, True
-                        )
+                        state = _keys_tile(state, k, v, column, block, queries, tensors, strides, numbers, S, True)
                     else:
                         block = partial_block(step, list_of, 0, 0, 0, True)
                         for row in range(block * BLOCK_M, tl.minimum(block * BLOCK_M + BLOCK_M, rows)):
@@ -570,18 +569,18 @@ def attention_backward_bias(
     SUM_ROWS: tl.constexpr,  # whether all rows share a number
 ):
     """The gradient of a (BLOCK_M, BLOCK_N) tile of the bias, or of BLOCK_N numbers that all rows share."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     rows, keys = number(rows), number(keys)
     BLOCK_M: tl.constexpr = S.BLOCK_M
     BLOCK_N: tl.constexpr = S.BLOCK_N
     key_blocks = (keys + BLOCK_N - 1) // BLOCK_N
     row_blocks = (rows + BLOCK_M - 1) // BLOCK_M
-    start = (program % key_blocks).to(tl.int32) * BLOCK_N
+    start = program % key_blocks * BLOCK_N
     part = program // key_blocks
     from_block = row_blocks * 0
     to_block = row_blocks
     if not SUM_ROWS:
-        from_block = (part % row_blocks).to(tl.int32)
+        from_block = part % row_blocks
         to_block = from_block + 1
         part = part // row_blocks
     column = start + tl.arange(0, BLOCK_N)
@@ -597,10 +596,10 @@ def attention_backward_bias(
         acc = tl.zeros((BLOCK_M, BLOCK_N), S.COMPUTE)
     for next_batch in range(0, batch_share):
         for next_head in range(0, head_share):
-            batch = part // bias_heads + next_batch
-            head = part % bias_heads + next_head
-            key_of = head // group
-            head_of_all = (batch * heads + head).to(tl.int32)
+            batch = wide(part // bias_heads + next_batch)
+            head = wide(part % bias_heads + next_head)
+            key_of = wide((part % bias_heads + next_head) // group)
+            head_of_all = (part // bias_heads + next_batch) * heads + part % bias_heads + next_head
             at_rows = head_of_all.to(tl.int64) * padded
             numbers = (rows, keys, inner, outer, threshold, head_of_all, factor_kept)
             mask_of, first_of, last_of = 0, 0, 0
@@ -643,9 +642,9 @@ def attention_backward_bias(
                     else:
                         acc += grad_scores
     if SUM_ROWS:
-        tl.store(grad_bias + part * keys + column, acc.to(grad_bias.dtype.element_ty), mask=column < keys)
+        tl.store(grad_bias + wide(part) * keys + column, acc.to(grad_bias.dtype.element_ty), mask=column < keys)
     else:
-        row_of = part * rows + from_block * BLOCK_M
+        row_of = wide(part) * rows + from_block * BLOCK_M
         at = grad_bias + (row_of + tl.arange(0, BLOCK_M))[:, None] * keys + column[None, :]
         inside = ((from_block * BLOCK_M + tl.arange(0, BLOCK_M)) < rows)[:, None] & (column < keys)[None, :]
         tl.store(at, acc.to(grad_bias.dtype.element_ty), mask=inside)

@@ -22,6 +22,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 MOST = tl.constexpr(2147483647)
+HIDES = tl.constexpr(-1e30)  # a bias of this or less, as schema.py has it
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def load_tile(
 
 @triton.jit
 def store_tile(matrix, tile, start, stride, high, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Writes what of a (ROWS, BLOCK_WIDTH) tile is above row ``high`` and left of column WIDTH, in the matrix' dtype."""
+    """Writes what of a (ROWS, BLOCK_WIDTH) tile is above row ``high`` and left of column WIDTH."""
     local = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_WIDTH)
     at = matrix + wide(start) * stride + (local.to(tl.int64)[:, None] * stride + column[None, :])
@@ -103,7 +104,15 @@ def load_vector(matrix, row, stride, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.conste
 
 @triton.jit
 def dot_with_rows(
-    matrix, start, stride, high, vector, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr
+    matrix,
+    start,
+    stride,
+    high,
+    vector,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """(ROWS,) products of rows of a matrix with a vector in memory, 16 columns at a time to keep registers free."""
     local = tl.arange(0, ROWS)
@@ -153,8 +162,11 @@ def interval_hull(begin, end, row, rows, keys, HAS_INTERVALS: tl.constexpr):
 
 @triton.jit
 def split_blocks(low, high, all_low, all_high, SIZE: tl.constexpr):
-    """(partial, begin, before, full_begin, full): how many partial blocks, where they begin, how many of them come
-    before the full ones, and where those begin and how many they are."""
+    """(partial, begin, before, full_begin, full) of the blocks that lie in [low, high).
+
+    That is the number of partial blocks, where they begin, how many of them come before the full ones, and where those
+    begin and how many they are.
+    """
     begin = low // SIZE
     end = (high + SIZE - 1) // SIZE
     full_begin = tl.minimum(tl.maximum((all_low + SIZE - 1) // SIZE, begin), end)
@@ -201,7 +213,7 @@ def tanh(x, COMPUTE: tl.constexpr):
     e = tl.exp(-2.0 * tl.abs(x))
     share = 1.0 / (1.0 + e)
     size = (1.0 - e) * share
-    if COMPUTE == tl.float32:  # the difference has lost digits where x is small, and the series has them
+    if tl.float32 == COMPUTE:  # the difference has lost digits where x is small, and the series has them
         square = x * x
         series = tl.abs(x) * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
         size = tl.where(square < 0.015625, series, size)
@@ -227,13 +239,14 @@ def logits(dots, row, column, tensors, strides, numbers, S: tl.constexpr):
     rows, keys, inner, outer = numbers[0], numbers[1], numbers[2], numbers[3]
     slope = dots
     if S.HAS_SOFTCAP:
-        capped, slope = tanh(dots * inner, S.COMPUTE)
+        capped, slope = tanh(dots * inner, S.COMPUTE)  # pyright: ignore[reportGeneralTypeIssues]
         scores = capped * outer
     else:
         scores = dots * outer
     if S.HAS_BIAS:
         at = tensors[1] + row.to(tl.int64) * strides[2] + column.to(tl.int64) * strides[3]
-        scores += tl.load(at, mask=(row < rows) & (column < keys), other=0.0).to(S.COMPUTE) * LOG2_E
+        added = tl.load(at, mask=(row < rows) & (column < keys), other=0.0).to(S.COMPUTE)
+        scores = tl.where(added <= HIDES, float("-inf"), scores + added * LOG2_E)
     return scores, slope
 
 

@@ -164,7 +164,7 @@ def attention_forward(
     threshold,
     S: tl.constexpr,
 ):
-    """out and lse of BLOCK_M queries of one head."""
+    """The outputs out and lse of BLOCK_M queries of one head."""
     program = tl.program_id(0)
     rows, keys = number(rows), number(keys)
     BLOCK_M: tl.constexpr = S.BLOCK_M
@@ -174,7 +174,7 @@ def attention_forward(
     head_of_all = program // row_blocks  # b H + h
     batch = (head_of_all // heads).to(tl.int64)
     head = (head_of_all % heads).to(tl.int64)
-    key_of = head // group
+    key_of = (head_of_all % heads // group).to(tl.int64)
     queries = (query + batch * query_batch + head * query_head, query_row, block_m * BLOCK_M)
     key_rows = (key + batch * key_batch + key_of * key_head, key_row)
     value_rows = (value + batch * value_batch + key_of * value_head, value_row)
@@ -211,15 +211,13 @@ def attention_forward(
         for step in range(0, partial):
             block = partial_block(step, blocks, block_begin, before, full, S.HAS_MASK)
             state = _tile_step(state, q, block, place, key_rows, value_rows, tensors, strides, numbers, S, True)
-    if S.HAS_INTERVALS or S.HAS_MASK:
+    if S.HAS_INTERVALS or S.HAS_MASK:  # noqa: SIM102 (constants, apart from what the device finds)
         if not_finite(state[2]):
             state = _nothing_yet(S)
             for step in range(0, partial):
                 block = partial_block(step, blocks, block_begin, before, full, S.HAS_MASK)
                 for at_key in range(block * BLOCK_N, tl.minimum(block * BLOCK_N + BLOCK_N, keys)):
-                    state = _key_step(
-                        state, queries, at_key, place, key_rows, value_rows, tensors, strides, numbers, S
-                    )
+                    state = _key_step(state, queries, at_key, place, key_rows, value_rows, tensors, strides, numbers, S)
     for step in range(0, full):
         block = full_block(step, blocks, full_begin, slots, S.HAS_MASK)
         state = _tile_step(state, q, block, place, key_rows, value_rows, tensors, strides, numbers, S, False)

@@ -96,7 +96,7 @@ def decode_attention(
         mask: a further mask of :mod:`mpkernels.masks` over (L, S), or a bool tensor that broadcasts to (B, H, L, S),
             True where a query sees a key. It counts queries and keys from the start of the tensors, and knows nothing
             of ``lengths``.
-        bias: added to the scores; broadcasts to (B, H, L, S), the dtype of query. -inf hides a key.
+        bias: added to the scores; broadcasts to (B, H, L, S), the dtype of query. -1e30 and less hide a key.
         scale: factor of the scores; default 1 / sqrt(E).
         softcap: scores become softcap tanh(score / softcap), before the bias. Default (and 0): they do not.
         return_lse: whether to return the logarithm of the sum of the exponentials too.

@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+HIDES = -1e30  # a bias of this or less, as schema.py has it
+
 
 def decode_attention(
     query: Tensor,  # (B, H, L, E)
@@ -41,7 +43,8 @@ def decode_attention(
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = torch.where(bias == -math.inf, -math.inf, scores + bias.to(wide))
+        bias = bias.to(wide)
+        scores = torch.where(bias <= HIDES, -math.inf, scores + bias)
     position = torch.arange(keys, device=query.device)
     if first is not None and last is not None:
         seen = (first[..., None] <= position) & (position < last[..., None])

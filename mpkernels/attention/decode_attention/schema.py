@@ -11,7 +11,8 @@ key                (B, G, S, E)
 value              (B, G, S, F)
 first, last        (B or 1, H or 1, L) int32   query i sees the keys j with first <= j < last; both given or neither
 mask               (1 or full in each) bool    broadcasts to (B, H, L, S): False hides; with first and last, both hold
-bias               (1 or full in each)         broadcasts to (B, H, L, S): added to the scores; dtype of query
+bias               (1 or full in each)         broadcasts to (B, H, L, S): added to the scores; dtype of query. -1e30
+                                               and less (-inf, the lowest float32) hide the pair, as a mask does
 scale              number                      factor of the scores
 softcap            number                      scores become softcap tanh(score / softcap), before the bias; 0 for none
 heads_last         bool                        memory order of what is returned: (B, L, H, F) instead of (B, H, L, F)
@@ -21,8 +22,8 @@ query, key and value have any strides but a contiguous last dimension; mask and 
 contiguous, and lie in [0, S]; first may exceed last: the row is empty.
 
 Returned: out (B, H, L, F) in the dtype of query and lse (B, H, L), the natural logarithm of the sum of the
-exponentials, in float32 (float64 for float64). Where a query sees no key, out is 0 and lse is -inf. A bias of -inf, or
-a score, hides its key as a mask does; what a hidden key and its value hold never matters.
+exponentials, in float32 (float64 for float64). Where a query sees no key, out is 0 and lse is -inf. A score of -inf
+hides its key too; what a hidden key and its value hold never matters.
 """
 
 from __future__ import annotations

@@ -213,9 +213,10 @@ bool finish_scores(const Problem<S>& p, const Place& at, bool checked, T* scores
     for (int64_t k = 0; k < at.count; ++k) {
       for (int64_t n = 0; n < vectors; ++n) {
         const int64_t place = k * block_queries + n * lanes<T>;
-        const Vector<T> x = load_raw(scores + place) + load_raw(workspace + place) * static_cast<T>(log2_e);
-        // a bias of -inf hides; NaN stays
-        store<T>(scores + place, x < hidden<T> ? broadcast<T>(hidden<T>) : x);
+        // a bias of -inf, or so low that it is meant for one, hides, whatever the key holds
+        const Vector<T> bias = load_raw(workspace + place) * static_cast<T>(log2_e);
+        const Vector<T> score = load_raw(scores + place) + bias;
+        store<T>(scores + place, bias < hidden<T> ? broadcast<T>(hidden<T>) : score);
       }
     }
   }

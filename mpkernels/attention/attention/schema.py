@@ -11,8 +11,8 @@ key                (B, G, S, E)
 value              (B, G, S, F)
 first, last        (B or 1, H or 1, L) int32   query i sees the keys j with first <= j < last; both given or neither
 mask               (1 or full in each) bool    broadcasts to (B, H, L, S): False hides; with first and last, both hold
-bias               (1 or full in each)         broadcasts to (B, H, L, S): added to the scores; dtype of query. -1e30 and
-                                               less (-inf, the lowest float32) hide the pair, as a mask does
+bias               (1 or full in each)         broadcasts to (B, H, L, S): added to the scores; dtype of query; -1e30
+                                               and less (-inf, the lowest float32) hide the pair, as a mask does
 seed               () int64                    of the dropout; None without
 scale              number                      factor of the scores
 softcap            number                      scores become softcap tanh(score / softcap), before the bias; 0 for none

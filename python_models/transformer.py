@@ -51,7 +51,7 @@ class Config:
     """The sizes of a model."""
 
     width: int = 256
-    layers: int = 3
+    layers: int = 2
     heads: int = 4
     positions: str = "rotary"  # "sinusoidal" as in the paper, "learned", or "rotary" (Su et al. 2021)
     context: int = BLOCK  # the longest row that is read at once
@@ -309,7 +309,7 @@ def fit(
     minutes: float | None = None,
     steps: int | None = None,
     width: int = 256,
-    layers: int = 3,
+    layers: int = 2,
     heads: int = 4,
     positions: str = "rotary",
     ngrams: bool = True,
@@ -443,7 +443,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("out/transformer"), help="folder to write")
     parser.add_argument("--minutes", type=float, help="of training (9 if neither this nor --steps is given)")
     parser.add_argument("--steps", type=int, help="of training, instead of minutes")
-    for name, default in (("width", 256), ("layers", 3), ("heads", 4), ("seed", 0)):
+    for name, default in (("width", 256), ("layers", 2), ("heads", 4), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--positions", default="rotary", help=", ".join(POSITIONS))
     parser.add_argument("--no-ngrams", dest="ngrams", action="store_false", help="no embeddings of n-grams")

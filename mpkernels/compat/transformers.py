@@ -179,7 +179,7 @@ def attention_mask(
     """
     from transformers import masking_utils  # pyright: ignore[reportMissingImports]
 
-    function: Callable = masking_utils.causal_mask_function if mask_function is None else mask_function
+    function = mask_function or masking_utils.causal_mask_function
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
     assert q_length is not None

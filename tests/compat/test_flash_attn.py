@@ -1,5 +1,6 @@
 """What scripts written for flash_attn 2.8 find by changing the import, against the formula in plain torch."""
 
+import doctest
 import inspect
 import math
 
@@ -9,6 +10,7 @@ import torch
 import mpkernels
 from mpkernels.compat import flash_attn
 from mpkernels.compat.flash_attn import (
+    bert_padding,
     core,
     flash_attn_func,
     flash_attn_interface,
@@ -18,6 +20,7 @@ from mpkernels.compat.flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
+    kvcache,
 )
 from mpkernels.compat.flash_attn.bert_padding import pad_input, unpad_input
 
@@ -48,6 +51,13 @@ def test_signature(name):
     assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
     got = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
     assert got == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("module", [bert_padding, flash_attn_interface, kvcache])
+def test_examples(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 0
+    assert not found.failed
 
 
 def formula(q, k, v, causal=False, window=(-1, -1), softcap=0.0, slopes=None, scale=None, starts=None):

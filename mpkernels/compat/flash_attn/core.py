@@ -156,7 +156,8 @@ def _alibi(slopes: Tensor, rows: int, keys: int, shift: Tensor | None, query: Te
         slopes = slopes[None]
     if distance.dim() == 1:
         distance = distance[None]
-    return (-slopes[:, :, None] * distance[:, None]).to(query.dtype).unfold(-1, keys, 1)
+    least = torch.finfo(query.dtype).min  # far away is less than near, and not -inf, which hides
+    return (-slopes[:, :, None] * distance[:, None]).clamp(min=least).to(query.dtype).unfold(-1, keys, 1)
 
 
 def _mask(

@@ -8,6 +8,7 @@
 
 #include "attention/matmul.h"
 #include "attention/philox.h"
+#include "common/lane_mask.h"
 #include "common/vector.h"
 
 #include <algorithm>
@@ -138,9 +139,9 @@ MPKERNELS_INLINE Vector<T> load_strided(const X* from, int64_t stride, int64_t c
   return x;
 }
 
-// Hides from a tile of scores what interval and mask hide. (`workspace`: a tile)
+// Hides from a tile of scores what interval and mask hide.
 template <typename T, typename S>
-void hide(const Problem<S>& p, const Place& at, T* scores, T* workspace) {
+void hide(const Problem<S>& p, const Place& at, T* scores) {
   const int64_t vectors = vectors_for(at.rows, lanes<T>);
   if (p.first != nullptr) {
     alignas(64) Integer<T> first[block_queries] = {}, last[block_queries] = {};
@@ -162,7 +163,7 @@ void hide(const Problem<S>& p, const Place& at, T* scores, T* workspace) {
     }
   }
   if (p.mask.data != nullptr) {
-    transpose_into<T>(workspace, block_queries, at.rows, at.count, [&](int64_t i, int64_t j, int64_t count) {
+    const auto row_of = [&](int64_t i, int64_t j, int64_t count) {
       const bool* row = p.mask.at(at.b, at.h, at.query + i, at.key + j);
       if (p.mask.column == 1 && count == lanes<T>) {
         typedef signed char Bytes __attribute__((vector_size(lanes<T>)));
@@ -171,15 +172,28 @@ void hide(const Problem<S>& p, const Place& at, T* scores, T* workspace) {
         return __builtin_convertvector(bytes, Vector<T>);
       }
       return load_strided<T>(row, p.mask.column, count);
+    };
+    transpose_rows<T>(at.rows, at.count, row_of, [&](int64_t k, int64_t i, Vector<T> seen) {
+      T* score = scores + k * block_queries + i;
+      store<T>(score, choose<T>(above<T>(seen, Vector<T>{}), load_raw(score), broadcast<T>(hidden<T>)));
     });
-    for (int64_t k = 0; k < at.count; ++k) {
-      for (int64_t n = 0; n < vectors; ++n) {
-        const int64_t place = k * block_queries + n * lanes<T>;
-        const Mask<T> inside = load_raw(workspace + place) != 0;
-        store<T>(scores + place, select<T>(inside, load_raw(scores + place), broadcast<T>(hidden<T>)));
-      }
-    }
   }
+}
+
+// Fetches what a tile needs of a tensor of scores, a row after the other: its rows lie pages apart, and arrive while
+// the tile's products are computed.
+template <int WRITE, typename S>
+MPKERNELS_INLINE void prefetch_rows(const S* from, int64_t stride, int64_t rows, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(S);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < count + line - 1; j += line) __builtin_prefetch(from + i * stride + j, WRITE);
+  }
+}
+
+template <typename S>
+MPKERNELS_INLINE void prefetch_bias(const Problem<S>& p, const Place& at) {
+  if (p.bias.data == nullptr || p.bias.column != 1) return;
+  prefetch_rows<0>(p.bias.at(at.b, at.h, at.query, at.key), p.bias.row, p.bias.row == 0 ? 1 : at.rows, at.count);
 }
 
 // tanh(x) = expm1(2x) / (expm1(2x) + 2): keeps the digits of small x.
@@ -192,7 +206,7 @@ MPKERNELS_INLINE Vector<T> hyperbolic_tangent(Vector<T> x) {
 // Products of keys and (scaled) queries become scores in base 2. With a softcap `slopes` (a tile, or null) receives
 // d score / d product, 1 - tanh^2. Returns whether pairs may be hidden or vanish in the tile (`checked`, or a bias).
 template <typename T, typename S>
-bool finish_scores(const Problem<S>& p, const Place& at, bool checked, T* scores, T* workspace, T* slopes) {
+bool finish_scores(const Problem<S>& p, const Place& at, bool checked, T* scores, T* slopes) {
   const int64_t vectors = vectors_for(at.rows, lanes<T>);
   if (p.softcap > 0) {
     const T cap = static_cast<T>(p.cap());
@@ -206,21 +220,19 @@ bool finish_scores(const Problem<S>& p, const Place& at, bool checked, T* scores
     }
   }
   if (p.bias.data != nullptr) {
-    transpose_into<T>(workspace, block_queries, at.rows, at.count, [&](int64_t i, int64_t j, int64_t count) {
+    const auto row_of = [&](int64_t i, int64_t j, int64_t count) {
       const S* row = p.bias.at(at.b, at.h, at.query + i, at.key + j);
       return p.bias.column == 1 ? load_first<S>(row, count) : load_strided<T>(row, p.bias.column, count);
+    };
+    transpose_rows<T>(at.rows, at.count, row_of, [&](int64_t k, int64_t i, Vector<T> x) {
+      // a bias of -inf, or so low that it is meant for one, hides, whatever the key holds
+      T* score = scores + k * block_queries + i;
+      const Vector<T> bias = x * static_cast<T>(log2_e);
+      const Vector<T> low = broadcast<T>(hidden<T>);
+      store<T>(score, choose<T>(above<T>(low, bias), low, load_raw(score) + bias));
     });
-    for (int64_t k = 0; k < at.count; ++k) {
-      for (int64_t n = 0; n < vectors; ++n) {
-        const int64_t place = k * block_queries + n * lanes<T>;
-        // a bias of -inf, or so low that it is meant for one, hides, whatever the key holds
-        const Vector<T> bias = load_raw(workspace + place) * static_cast<T>(log2_e);
-        const Vector<T> score = load_raw(scores + place) + bias;
-        store<T>(scores + place, bias < hidden<T> ? broadcast<T>(hidden<T>) : score);
-      }
-    }
   }
-  if (checked) hide<T>(p, at, scores, workspace);
+  if (checked) hide<T>(p, at, scores);
   return checked || p.bias.data != nullptr;
 }
 

@@ -180,12 +180,16 @@ class BackwardTile {
     const int64_t vectors = vectors_for(at.rows, lanes<T>);
     const int64_t blocks = p_.batches * p_.heads * p_.query_blocks();
     T* of_queries = prepared_.sums + (split_ * blocks + index) * p_.width * block_queries;
+    prefetch_bias(p_, at);
     Products::scores(keys, prepared_.query + index * Products::packed_size(p_.width), at.count, at.rows, p_.width,
                      static_cast<T>(p_.factor()), weights_);
-    checked = finish_scores<T>(p_, at, checked, weights_, workspace_, slopes_);
+    checked = finish_scores<T>(p_, at, checked, weights_, slopes_);
     weigh(at, prepared_.lse + index * block_queries, vectors, checked);
     const bool dropping = p_.dropout_p > 0;
     if (dropping) keep_factors<T>(p_, at, keep_);
+    if (g_.bias != nullptr && !g_.bias_over_queries) {
+      prefetch_rows<1>(bias_place(at), g_.bias_row, at.rows, at.count);
+    }
     const bool exact = checked && !(prepared_.finite[index] && finite_keys_);
     if (g_.grad_out.data != nullptr) {
       Products::scores(values, prepared_.grad_out + index * Products::packed_size(p_.value_width), at.count, at.rows,
@@ -235,7 +239,8 @@ class BackwardTile {
       if (checked) {
         for (int64_t k = 0; k < at.count; ++k, x += block_queries) {
           const Vector<T> score = load_raw(x);
-          store<T>(x, select<T>(score == hidden<T>, Vector<T>{}, power_of_two<T>(score - base)));
+          const LaneMask<T> unseen = at_least<T>(broadcast<T>(hidden<T>), score);
+          store<T>(x, choose<T>(unseen, Vector<T>{}, power_of_two<T>(score - base)));
         }
       } else {
         for (int64_t k = 0; k < at.count; ++k, x += block_queries) {
@@ -253,7 +258,9 @@ class BackwardTile {
         const int64_t place = k * block_queries + n * lanes<T>;
         const Vector<T> weight = load_raw(weights_ + place);
         const Vector<T> found = weight * (load_raw(gradients_ + place) - base);
-        store<T>(gradients_ + place, checked ? select<T>(weight == 0, Vector<T>{}, found) : found);
+        // (what weighs nothing pulls nothing, whatever it is multiplied with; a NaN that is seen stays one)
+        const LaneMask<T> nothing = at_least<T>(Vector<T>{}, weight);
+        store<T>(gradients_ + place, checked ? choose<T>(nothing, Vector<T>{}, found) : found);
       }
     }
   }
@@ -267,8 +274,12 @@ class BackwardTile {
     }
   }
 
+  T* bias_place(const Place& at) const {
+    return g_.bias + at.b * g_.bias_batch + at.h * g_.bias_head + at.query * g_.bias_row + at.key;
+  }
+
   void add_bias(const Place& at) {
-    T* to = g_.bias + at.b * g_.bias_batch + at.h * g_.bias_head + at.query * g_.bias_row + at.key;
+    T* to = bias_place(at);
     if (g_.bias_over_queries) {
       for (int64_t k = 0; k < at.count; ++k) {
         Vector<T> total{};
@@ -279,20 +290,12 @@ class BackwardTile {
       }
       return;
     }
-    for (int64_t i = 0; i < at.rows; i += lanes<T>) {
-      for (int64_t k = 0; k < at.count; k += lanes<T>) {
-        const int64_t count = std::min<int64_t>(lanes<T>, at.count - k);
-        Vector<T> block[lanes<T>];
-        for (int j = 0; j < lanes<T>; ++j) {
-          block[j] = j < count ? load_raw(gradients_ + (k + j) * block_queries + i) : Vector<T>{};
-        }
-        transpose<T>(block);
-        for (int64_t j = 0; j < std::min<int64_t>(lanes<T>, at.rows - i); ++j) {
-          T* place = to + (i + j) * g_.bias_row + k;
-          store_first<T>(place, load_first<T>(place, count) + block[j], count);
-        }
-      }
-    }
+    const auto row_of = [&](int64_t k, int64_t i, int64_t) { return load_raw(gradients_ + k * block_queries + i); };
+    const int64_t rows = at.rows;
+    transpose_rows<T>(at.count, rows, row_of, [&](int64_t i, int64_t k, Vector<T> x) {
+      T* place = to + i * g_.bias_row + k;
+      store_first<T>(place, load_first<T>(place, at.count - k) + x, at.count - k);
+    });
   }
 
   // The products where a number is not finite: pairs without weight are passed over.

@@ -92,9 +92,10 @@ class ForwardBlock {
     const int64_t g = h_ / p_.group();
     const S* keys = p_.key.at(b_, g, at.key);
     const S* values = p_.value.at(b_, g, at.key);
+    prefetch_bias(p_, at);
     const Keys tile = Keys::of(keys, p_.key.row, at.count, p_.width, KeyUse::scores, keys_);
     Products::scores(tile, packed_, at.count, rows_, p_.width, static_cast<T>(p_.factor()), scores_);
-    checked = finish_scores<T>(p_, at, checked, scores_, workspace_, static_cast<T*>(nullptr));
+    checked = finish_scores<T>(p_, at, checked, scores_, static_cast<T*>(nullptr));
     if (checked) {
       exponentials<true>(at.count);
     } else {
@@ -115,7 +116,7 @@ class ForwardBlock {
     // what is hidden weighs 0, not 2^-126
     const auto weigh = [](Vector<T> score, Vector<T> base) {
       const Vector<T> weight = power_of_two<T>(score - base);
-      return CHECKED ? select<T>(score == hidden<T>, Vector<T>{}, weight) : weight;
+      return CHECKED ? choose<T>(at_least<T>(broadcast<T>(hidden<T>), score), Vector<T>{}, weight) : weight;
     };
     for (int64_t n = 0; n < vectors_; ++n) {
       T* scores = scores_ + n * lanes<T>;

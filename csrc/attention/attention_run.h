@@ -71,9 +71,10 @@ void run_backward(const Problem<typename Products::Element>& p, const Gradients<
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t split = piece % splits, head = piece / splits % heads, batch = piece / splits / heads;
       BackwardTile<Products> tile(p, g, prepared, split);
-      for (int64_t key = split * backward_keys; key < p.keys; key += splits * backward_keys) {
-        for (int64_t b = batch; b < p.batches; b += batches) {
-          for (int64_t kv = head; kv < p.key_heads; kv += heads) tile.run(b, kv, key);
+      // a head after the other: its queries stay in the caches
+      for (int64_t b = batch; b < p.batches; b += batches) {
+        for (int64_t kv = head; kv < p.key_heads; kv += heads) {
+          for (int64_t key = split * backward_keys; key < p.keys; key += splits * backward_keys) tile.run(b, kv, key);
         }
       }
     }

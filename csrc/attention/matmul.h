@@ -112,19 +112,35 @@ MPKERNELS_INLINE void transpose(Vector<T> (&x)[lanes<T>]) {
   }
 }
 
-// to[j][i] = row(i, j...) for i < rows and j < columns: `row(i, j, count)` gives `count` numbers of row i from column j
-// on. Lanes of `to` beyond the rows, up to whole vectors, become 0. to_row is the distance of the rows of `to`.
-template <typename T, typename Row>
-MPKERNELS_INLINE void transpose_into(T* to, int64_t to_row, int64_t rows, int64_t columns, const Row& row) {
+// Calls take(j, i, x) with the vector of row(i...i + lanes, j), for i < rows in steps of lanes and all j < columns:
+// `row(i, j, count)` gives `count` numbers of row i from column j on. Lanes beyond the rows are 0.
+template <typename T, typename Row, typename Take>
+MPKERNELS_INLINE void transpose_rows(int64_t rows, int64_t columns, const Row& row, const Take& take) {
   for (int64_t i = 0; i < rows; i += lanes<T>) {
     for (int64_t j = 0; j < columns; j += lanes<T>) {
       const int64_t count = columns - j < lanes<T> ? columns - j : lanes<T>;
       Vector<T> block[lanes<T>];
-      for (int k = 0; k < lanes<T>; ++k) block[k] = i + k < rows ? row(i + k, j, count) : Vector<T>{};
+      if (rows - i >= lanes<T>) {
+#pragma GCC unroll 16
+        for (int k = 0; k < lanes<T>; ++k) block[k] = row(i + k, j, count);
+      } else {
+        for (int k = 0; k < lanes<T>; ++k) block[k] = i + k < rows ? row(i + k, j, count) : Vector<T>{};
+      }
       transpose<T>(block);
-      for (int64_t k = 0; k < count; ++k) store<T>(to + (j + k) * to_row + i, block[k]);
+      if (count == lanes<T>) {
+#pragma GCC unroll 16
+        for (int k = 0; k < lanes<T>; ++k) take(j + k, i, block[k]);
+      } else {
+        for (int64_t k = 0; k < count; ++k) take(j + k, i, block[k]);
+      }
     }
   }
+}
+
+// to[j][i] = row(i, j...), with rows of `to` to_row apart.
+template <typename T, typename Row>
+MPKERNELS_INLINE void transpose_into(T* to, int64_t to_row, int64_t rows, int64_t columns, const Row& row) {
+  transpose_rows<T>(rows, columns, row, [&](int64_t j, int64_t i, Vector<T> x) { store<T>(to + j * to_row + i, x); });
 }
 
 }  // namespace attention

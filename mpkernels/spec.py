@@ -112,6 +112,7 @@ class OpSpec:
     cost: Callable[[Arguments, bool], Cost]  # (arguments, backward?) -> cost of that pass alone
     triton_kernels: Callable[[], tuple[TritonKernel, ...]] = tuple
     fastest_on_cuda: str = "cuda"  # measured; decides for CUDA tensors where nothing is named
+    trained: tuple[str, ...] = ()  # arguments that bench takes gradients of; the first two differentiable ones if none
     second_order: bool = True  # whether gradients are differentiable again, and forward mode exists
     batched: bool = True  # whether torch.func.vmap over the first dimension makes sense
     demo: str | None = None  # module of python_models with `fit(...)`, run by `mpkernels demo`

@@ -78,7 +78,11 @@ def one_pass(spec: OpSpec, function: Callable[..., Sequence[Tensor]], arguments:
 
         return forward
 
-    leaves = {name: arguments[name].detach().requires_grad_() for name in spec.differentiable[:2]}
+    leaves = {
+        name: arguments[name].detach().requires_grad_()
+        for name in spec.trained or spec.differentiable[:2]
+        if isinstance(arguments.get(name), Tensor)
+    }
     arguments = arguments | leaves
     inputs = list(leaves.values())
     with torch.no_grad():

@@ -422,6 +422,7 @@ SPECS = (
         cost=_cost,
         triton_kernels=_triton_kernels,
         fastest_on_cuda="triton",
+        trained=("query", "key", "value", "bias"),
         demo="python_models.transformer",
         demo_name="transformer",
     ),

@@ -3,9 +3,10 @@
 // rounded to bfloat16 before they are multiplied, as in every half-precision attention; the softmax and all sums are
 // float32.
 //
-// The instruction takes pairs along the dimension that a product sums over, so that
+// Both take pairs along the dimension that a product sums over, so that
 //   scores      sum over the width: rows of keys are pairs as they lie in memory; queries are packed (width / 2, 64);
-//   add_columns sum over keys: keys are laid out (count / 2, width) in pairs, and so is the tile;
+//   add_columns sum over keys: keys are laid out (count / 2, width) in pairs (for tiles: its transpose), and so is the
+//               tile of weights;
 //   add_rows    sum over queries: rows of the tile are rounded; natural blocks are (32, width) in pairs of queries.
 #include "attention/attention_bfloat16.h"
 

@@ -218,10 +218,9 @@ struct PairProducts {
     for (int64_t k = 0; k < count; ++k) {
       for (int64_t i = 0; i < rows; i += 32) {
         const float* from = tile + k * block_queries + i;
-        const __m512i numbers = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
-        // (a row past the last: its partner in the natural block is 0, but this one may hold anything)
-        _mm512_storeu_si512(rounded + (k * block_queries + i) / 2,
-                            _mm512_maskz_mov_epi16(first_of_32(rows - i), numbers));
+        // (lanes past the last query hold 0, or are not looked at)
+        const __m512bh numbers = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+        _mm512_storeu_si512(rounded + (k * block_queries + i) / 2, (__m512i)numbers);
       }
     }
     multiply({rounded, block_queries / 2, 1}, natural, stride, sums, padded(width), count, vectors_for(width, 16),

@@ -374,6 +374,29 @@ class TestReference(AttentionProperties):
 class TestCpu(AttentionProperties):
     backend = "cpu"
 
+    @pytest.mark.parametrize("poisoned", ["key", "value"])
+    def test_hidden_numbers_pull_nothing_through_a_bias(self, poisoned):
+        """Only keys, or only values, are not finite: each has products of its own in the backward."""
+        query, key, value = self.rows_by_rows(rows=40, keys=50)
+        bias = self.normal(40, 50)
+        {"key": key, "value": value}[poisoned][..., 20:, :] = torch.nan
+        visible = torch.zeros(40, 50, dtype=torch.bool)
+        visible[:, :20] = True
+        visible[30:] = False
+        leaves = [x.requires_grad_() for x in (query, key, value, bias)]
+        out, _ = self.attention(*leaves[:3], bias=bias, mask=visible)
+        for x in (out, *torch.autograd.grad(out.square().sum(), leaves)):
+            assert bool(x.isfinite().all())
+
+    def test_what_a_bias_hides_may_be_nan(self):
+        query, key, value = self.rows_by_rows()
+        key[..., 5, :] = torch.nan
+        bias = torch.zeros(12, 12)
+        bias[:, 5] = -torch.inf
+        out, lse = self.attention(query, key, value, bias=bias)
+        assert bool(out.isfinite().all())
+        assert bool(lse.isfinite().all())
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_any_number_of_threads_gives_the_same_bits(self, dtype):
         op = spec.find("attention")

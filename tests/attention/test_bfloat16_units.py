@@ -46,12 +46,14 @@ def test_repeats_are_bit_equal(unit):
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
+@pytest.mark.parametrize("poison", [(torch.nan, torch.inf), (None, torch.nan), (torch.inf, None)])
 @pytest.mark.parametrize("visible", [33, 34, 63])
-def test_hidden_keys_do_not_leak_through_pairs(unit, visible):
+def test_hidden_keys_do_not_leak_through_pairs(unit, visible, poison):
     """Products take two keys at a time: the partner of the last visible one is hidden, and may be a NaN."""
     query, key, value = tensors(70, 130, 32)
-    key[..., visible:, :] = torch.nan
-    value[..., visible:, :] = torch.inf
+    for x, number in zip((key, value), poison, strict=True):
+        if number is not None:
+            x[..., visible:, :] = number
     first = torch.zeros(70, dtype=torch.int32)
     mask = masks.intervals(first, first + visible)
     outputs, found = gradients(

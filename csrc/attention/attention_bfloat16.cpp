@@ -12,12 +12,13 @@
 
 #include "attention/attention_products.h"
 #include "attention/attention_run.h"
-#include "attention/tiles.h"
 
 #include <cstdlib>
 #include <string_view>
 
 #if defined(__AVX512F__)
+
+#include "attention/tiles.h"  // (x86 alone)
 
 #include <immintrin.h>
 

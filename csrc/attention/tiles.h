@@ -7,10 +7,11 @@
 #include "common/vector.h"
 
 #include <cpuid.h>
+
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include <cstdlib>
+#endif
 
 namespace mpkernels {
 namespace attention {
@@ -26,7 +27,6 @@ struct NoTiles {
   static void end() {}
 };
 
-#if defined(__x86_64__)
 struct AmxTiles {
   static constexpr bool exist = true;
 
@@ -59,7 +59,6 @@ struct AmxTiles {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"n"(C), "n"(A), "n"(B));
   }
 };
-#endif
 
 struct EmulatedTiles {
   static constexpr bool exist = true;
@@ -166,7 +165,7 @@ void multiply_in_tiles(const Pair* a, int64_t a_row, const Pair* b, int64_t b_ro
 
 // Whether the unit is there, the system lets this process use it, and it multiplies as it should.
 inline bool amx_works() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   unsigned a, b, c, d;
   constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & bfloat16) == 0 || (d & tiles) == 0) return false;

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mpkernels import checks, masks
 from mpkernels.attention.attention import attention
+from mpkernels.attention.attention.schema import HIDES
 
 
 def scaled_dot_product_attention(
@@ -93,7 +94,7 @@ def _bias(attn_mask: Tensor, query: Tensor) -> Tensor:
     if not (low and attn_mask.dtype == torch.float32):
         raise TypeError(f"attn_mask: expected bool or the dtype of query, {query.dtype}, got {attn_mask.dtype}")
     most = torch.finfo(query.dtype).max
-    return torch.where(attn_mask <= -1e30, -torch.inf, attn_mask.clamp(-most, most)).to(query.dtype)
+    return torch.where(attn_mask <= HIDES, -torch.inf, attn_mask.clamp(-most, most)).to(query.dtype)
 
 
 def _broadcast_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,6 @@ from mpkernels import backends, checks
 from mpkernels.attention.attention import autograd, reference, schema
 
 LARGEST_HEAD = 256
-_HIDES = -1e30  # a bias of this or less, as schema.py has it
 _MOST = 2**31 - 1
 
 
@@ -254,7 +253,7 @@ def _add_to_rows(out: Tensor, lse: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     bias = (bias[..., 0] if bias.dim() else bias).to(lse.dtype)
     if bias.dim() > lse.dim():  # a single head without a dimension for it: (1, L)
         bias = bias.reshape(bias.shape[-1:])
-    hidden = (bias <= _HIDES).expand(lse.shape)
+    hidden = (bias <= schema.HIDES).expand(lse.shape)
     # 0, or NaN for what is neither finite nor hides; a function of the bias, so that out has its gradient: zeros
     nothing = torch.where(hidden | bias.isfinite(), 0.0, bias - bias)
     replaced = hidden | ~bias.isfinite()

@@ -17,9 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpkernels.attention.attention import dropout
-
-HIDES = -1e30  # a bias of this or less, as schema.py has it
+from mpkernels.attention.attention import dropout, schema
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -65,7 +63,7 @@ def attention_gradient(
         visible = visible & pairs(mask)
 
     if bias is not None:
-        visible = visible & ~(pairs(bias) <= HIDES)
+        visible = visible & ~(pairs(bias) <= schema.HIDES)
 
     q = by_group(query.to(wide))
     k, v = (x.to(wide)[:, :, None] for x in (key, value))  # (B, G, 1, S, .)

@@ -19,9 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpkernels.attention.attention import dropout
-
-HIDES = -1e30  # a bias of this or less, as schema.py has it
+from mpkernels.attention.attention import dropout, schema
 
 
 def attention(
@@ -55,7 +53,7 @@ def attention(
         visible = mask if visible is None else visible & mask
 
     if bias is not None:
-        shown = ~(bias <= HIDES)
+        shown = ~(bias <= schema.HIDES)
         visible = shown if visible is None else visible & shown
 
     if visible is None:

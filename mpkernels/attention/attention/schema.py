@@ -46,6 +46,7 @@ from mpkernels import library
 
 FORWARD = "attention"
 BACKWARD = "attention_backward"
+HIDES = -1e30  # a bias of this or less hides its pair
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? first, Tensor? last, Tensor? mask, Tensor? bias, Tensor? seed, "

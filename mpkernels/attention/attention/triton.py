@@ -1,6 +1,7 @@
 """Attention in Triton: the launches, the block sizes, and the specialisations that the compile gates build.
 
-The kernels, with formulas and decomposition: :mod:`triton_forward`, :mod:`triton_backward`, :mod:`triton_plan`.
+The kernels, with formulas and decomposition: :mod:`triton_forward`, :mod:`triton_backward`,
+:mod:`triton_backward_keys`, :mod:`triton_plan`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from mpkernels import checks, library
 from mpkernels.attention.attention import schema
 from mpkernels.attention.attention import triton_backward as backward_kernels
+from mpkernels.attention.attention import triton_backward_keys as key_kernels
 from mpkernels.attention.attention import triton_forward as forward_kernels
 from mpkernels.attention.attention import triton_plan as plan_kernels
 from mpkernels.attention.attention.triton_common import Settings
@@ -317,7 +319,7 @@ def backward(
     key_programs = batch * problem.key_heads * -(-problem.keys // settings.BLOCK_N)
     blocks, counts, *plan_strides = problem.plan(settings, of_keys=True) if key_programs else (None, None, 0, 0)
     problem.launch(
-        backward_kernels.attention_backward_keys,
+        key_kernels.attention_backward_keys,
         key_programs,
         *problem.tensors,
         blocks,
@@ -350,7 +352,7 @@ def _backward_bias(problem: _Problem, grad_out: Tensor, top: Tensor, delta: Tens
     sum_rows = bias_rows == 1
     tiles = (1 if sum_rows else -(-bias_rows // settings.BLOCK_M)) * -(-keys // settings.BLOCK_N)
     problem.launch(
-        backward_kernels.attention_backward_bias,
+        key_kernels.attention_backward_bias,
         bias_batch * bias_heads * tiles,
         *problem.tensors,
         grad_out,
@@ -376,7 +378,7 @@ def kernels_to_compile() -> tuple[TritonKernel, ...]:
     """The specialisations that the compile gates build, each for the architectures that take its blocks."""
     everything = ("MASK", "BIAS", "SOFTCAP", "DROPOUT")
     forward, query = forward_kernels.attention_forward, backward_kernels.attention_backward_query
-    keys, bias = backward_kernels.attention_backward_keys, backward_kernels.attention_backward_bias
+    keys, bias = key_kernels.attention_backward_keys, key_kernels.attention_backward_bias
     found = [
         *_compiled("forward", forward, "bf16", 64, "INTERVALS"),
         *_compiled("forward", forward, "bf16", 128),

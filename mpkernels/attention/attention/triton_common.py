@@ -19,10 +19,12 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from mpkernels.attention.attention import schema
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 MOST = tl.constexpr(2147483647)
-HIDES = tl.constexpr(-1e30)  # a bias of this or less, as schema.py has it
+HIDES = tl.constexpr(schema.HIDES)
 
 
 @dataclass(frozen=True)
@@ -287,3 +289,35 @@ def key_dropped(row, key, seed, numbers):
 def not_finite(tile):
     """Whether anything in a tile is NaN or infinite (or the sum of zero times all of it would not be 0)."""
     return tl.sum(tile * 0.0) != 0.0
+
+
+@triton.jit
+def weigh(dots, row, column, top, tensors, strides, numbers, S: tl.constexpr):
+    """Weights of the dot products q . k, nothing masked or dropped yet, and the slope of the softcap."""
+    scores, slope = logits(dots, row, column, tensors, strides, numbers, S)  # pyright: ignore[reportGeneralTypeIssues]
+    return tl.exp2(scores - top), slope
+
+
+@triton.jit
+def kept_weights(weights, visible, dropped, S: tl.constexpr, MASKED: tl.constexpr):
+    """The weights as they meet the values (but for the factor of those that dropout keeps)."""
+    if S.HAS_DROPOUT:
+        weights = tl.where(dropped, 0.0, weights)
+    if MASKED:
+        weights = tl.where(visible, weights, 0.0)
+    return weights
+
+
+@triton.jit
+def differentiate(weights, slope, grads, delta, visible, dropped, numbers, S: tl.constexpr, MASKED: tl.constexpr):
+    """Gradients of the scores, and of the dot products but for the scale; ``grads`` are dO . v."""
+    if S.HAS_DROPOUT:
+        grads = tl.where(dropped, 0.0, grads * numbers[6])
+    grad_scores = weights * (grads - delta)
+    grad_dots = grad_scores
+    if S.HAS_SOFTCAP:
+        grad_dots = grad_scores * slope
+    if MASKED:
+        grad_scores = tl.where(visible, grad_scores, 0.0)
+        grad_dots = tl.where(visible, grad_dots, 0.0)
+    return grad_scores, grad_dots

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-HIDES = -1e30  # a bias of this or less, as schema.py has it
+from mpkernels.attention.attention.schema import HIDES
 
 
 def decode_attention(

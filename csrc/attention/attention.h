@@ -3,12 +3,12 @@
 //
 // A tile is `count` keys by one block of queries, keys down, queries in the lanes: S^T = K Q^T. A softmax over keys is
 // then arithmetic between vectors, with nothing summed across lanes, and keys and values are read as they lie in memory
-// (see matmul.h). Scores are in base 2: exp(x) = 2^(x log2 e).
+// (see common/matmul.h). Scores are in base 2: exp(x) = 2^(x log2 e).
 #pragma once
 
-#include "attention/matmul.h"
-#include "attention/philox.h"
 #include "common/lane_mask.h"
+#include "common/matmul.h"
+#include "common/philox.h"
 #include "common/vector.h"
 
 #include <algorithm>
@@ -196,13 +196,6 @@ MPKERNELS_INLINE void prefetch_bias(const Problem<S>& p, const Place& at) {
   prefetch_rows<0>(p.bias.at(at.b, at.h, at.query, at.key), p.bias.row, p.bias.row == 0 ? 1 : at.rows, at.count);
 }
 
-// tanh(x) = expm1(2x) / (expm1(2x) + 2): keeps the digits of small x.
-template <typename T>
-MPKERNELS_INLINE Vector<T> hyperbolic_tangent(Vector<T> x) {
-  const Vector<T> e = exponential<T>(x + x).expm1();
-  return e / (e + 2);
-}
-
 // Products of keys and (scaled) queries become scores in base 2. With a softcap `slopes` (a tile, or null) receives
 // d score / d product, 1 - tanh^2. Returns whether pairs may be hidden or vanish in the tile (`checked`, or a bias).
 template <typename T, typename S>
@@ -240,11 +233,17 @@ bool finish_scores(const Problem<S>& p, const Place& at, bool checked, T* scores
 template <typename T, typename S>
 void keep_factors(const Problem<S>& p, const Place& at, T* factors) {
   const T kept = p.dropout_p < 1 ? static_cast<T>(1 / (1 - p.dropout_p)) : T(0);
-  const uint64_t threshold = dropout_threshold(p.dropout_p);
+  const auto threshold = static_cast<uint64_t>(std::nearbyint(p.dropout_p * 4294967296.0));
   const auto row = static_cast<uint32_t>(at.b * p.heads + at.h);
   alignas(64) uint32_t words[4][block_queries];
   for (int64_t j = at.key / 4 * 4; j < at.key + at.count; j += 4) {
-    philox_rows<block_queries>(p.seed, static_cast<uint32_t>(j / 4), static_cast<uint32_t>(at.query), row, words);
+    for (int64_t i = 0; i < block_queries; ++i) {
+      words[0][i] = static_cast<uint32_t>(j / 4);
+      words[1][i] = static_cast<uint32_t>(at.query + i);
+      words[2][i] = row;
+      words[3][i] = 0;
+    }
+    philox<block_queries>(p.seed, words);
     for (int64_t word = std::max<int64_t>(at.key - j, 0); word < std::min<int64_t>(at.key + at.count - j, 4); ++word) {
       T* to = factors + (j + word - at.key) * block_queries;
       for (int64_t i = 0; i < block_queries; ++i) to[i] = words[word][i] < threshold ? T(0) : kept;

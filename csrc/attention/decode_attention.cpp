@@ -140,14 +140,6 @@ struct Row {
   }
 };
 
-template <typename T>
-MPKERNELS_INLINE Vector<T> tanh_of(Vector<T> x) {
-  const Vector<T> magnitude = x < 0 ? -x : x;
-  const Vector<T> t = exponential<T>(magnitude * T(-2)).expm1();
-  const Vector<T> y = -t / (t + 2);
-  return x < 0 ? -y : y;
-}
-
 // Which keys of a piece rows see, by runs counted from the first key that is looked at.
 struct Runs {
   bool some_hidden[runs_of_piece] = {};
@@ -170,7 +162,7 @@ Softmax<T> soften(const Problem<S>& in, const Row<S>& row, int64_t begin, int64_
   for (int64_t k = 0; k < end - begin; k += L) {
     const int64_t count = std::min<int64_t>(L, end - begin - k);
     Vector<T> s = load_raw<T>(scores + k) * in.scale;
-    if (in.softcap > 0) s = in.softcap * tanh_of<T>(s / in.softcap);
+    if (in.softcap > 0) s = in.softcap * hyperbolic_tangent<T>(s / in.softcap);
     if (row.bias != nullptr) {
       const S* bias = row.bias + (begin + k) * in.bias_strides.key;
       Vector<T> added{};

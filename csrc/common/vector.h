@@ -354,6 +354,19 @@ MPKERNELS_INLINE Exponential<T> exponential(Vector<T> x) {
   return {scale, p, vanishes};
 }
 
+// tanh(x) = expm1(2x) / (expm1(2x) + 2): keeps the digits of small x.
+template <typename T>
+MPKERNELS_INLINE Vector<T> hyperbolic_tangent(Vector<T> x) {
+  const Vector<T> e = exponential<T>(x + x).expm1();
+  return e / (e + 2);
+}
+
+// 1 / (1 + e^-x), within 3 ulp, and never NaN but of NaN: e^88 is the largest that is divided by.
+template <typename T>
+MPKERNELS_INLINE Vector<T> sigmoid(Vector<T> x) {
+  return 1 / (1 + exponential<T>(-x).exp());
+}
+
 // 2^x for x <= 0 (and a little above), within 2 ulp: x = n + r with |r| <= 1/2, and the polynomial that is nearest to
 // 2^r in the Chebyshev sense (degree 6: 2e-9; in double precision the Taylor series of e^(r ln 2)). Below 2^-126
 // (2^-1022) the result is 0 or tiny. NaN stays NaN.

@@ -2,14 +2,14 @@
 //
 // Lanes run along n. B is read a vector at a time, A a number at a time (broadcast), so A may be read along either of
 // its dimensions as it lies in memory: attention multiplies with keys and values, and with their transposes, and copies
-// neither. A tile of C stays in registers over the whole depth: 6 rows x 4 vectors where there are 32 registers
-// (24 fused multiply-adds for 4 + 6 loads), 6 x 2 where there are 16. One core of Zen 4 reaches 112 of 118 GFLOP/s.
+// neither; convolutions do the same with their weights. A tile of C stays in registers over the whole depth: 6 rows x 4
+// vectors where there are 32 registers (24 fused multiply-adds for 4 + 6 loads), 6 x 2 where there are 16. One core of
+// Zen 4 reaches 112 of 118 GFLOP/s.
 #pragma once
 
 #include "common/vector.h"
 
 namespace mpkernels {
-namespace attention {
 
 #if defined(__AVX512F__)
 constexpr int tile_vectors = 4;
@@ -143,5 +143,4 @@ MPKERNELS_INLINE void transpose_into(T* to, int64_t to_row, int64_t rows, int64_
   transpose_rows<T>(rows, columns, row, [&](int64_t j, int64_t i, Vector<T> x) { store<T>(to + j * to_row + i, x); });
 }
 
-}  // namespace attention
 }  // namespace mpkernels

@@ -1,0 +1,1 @@
+"""The dilated convolution over time."""

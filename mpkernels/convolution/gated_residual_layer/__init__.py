@@ -1,0 +1,1 @@
+"""WaveNet's layer: dilated convolution, gate, residual and skip projections in one pass."""

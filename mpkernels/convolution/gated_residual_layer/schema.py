@@ -112,7 +112,7 @@ def _fake_backward(
         if argument is None or not needs >> i & 1:
             return x.new_empty((0,))
         if argument is x or argument is condition:
-            return new_sequences(x, *argument.shape, channels_last)
+            return new_sequences(x, argument.shape[0], argument.shape[1], argument.shape[2], channels_last)
         return x.new_empty(argument.shape)
 
     found = [gradient(i, argument) for i, argument in enumerate(given)]

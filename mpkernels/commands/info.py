@@ -95,15 +95,15 @@ def run(*, kernels: bool, as_json: bool) -> int:
     data = collect()
     table = None
     if kernels:
-        from mpkernels.profiling import static
+        from mpkernels.profiling import resources
 
         try:
-            report = static.read_table()
+            report = resources.read_table()
         except FileNotFoundError as error:
             terminal.errors().print(f"mpkernels: --kernels: {escape(str(error))}", soft_wrap=True)
             return terminal.WRONG
         data["kernels"] = asdict(report)
-        table = static.kernel_table(report)
+        table = resources.kernel_table(report)
     if as_json:
         terminal.print_json(data)
         return terminal.OK

@@ -52,9 +52,9 @@ def demos(output: Path) -> list[dict]:
 def kernels() -> dict | None:
     """The recorded resources of compiled kernels, if there are any."""
     try:
-        from mpkernels.profiling import static
+        from mpkernels.profiling import resources
 
-        return asdict(static.read_table())
+        return asdict(resources.read_table())
     except (ImportError, FileNotFoundError):
         return None
 

@@ -2,11 +2,15 @@
 
     python -m mpkernels.profiling.static            # compile every kernel, print the table
     python -m mpkernels.profiling.static --write    # ... and record it in mpkernels/profiling/kernels.json
+    python -m mpkernels.profiling.static --changed  # compile what is not recorded as it is, and all for sm_90
 
 compiles every Triton kernel of every spec and every ``csrc/<family>/*.cu`` for sm_80, sm_90 and sm_100 (those that
 the compilers know). Exit status: 0; 1 where a kernel does not compile or spills, with its name; 2 where a compiler
 is missing. Triton keeps its usual cache (``TRITON_CACHE_DIR``) and what nvcc reported is kept in ``build/gates``, so a
 second run compiles only what changed.
+
+The record holds a fingerprint of each compilation: of the sources, the settings and the compilers. With ``--changed``,
+as in the tests, one that has the recorded fingerprint is taken from the record instead of compiled, except for sm_90.
 """
 
 from __future__ import annotations
@@ -22,23 +26,30 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpkernels.profiling.resources import (
+    ABOUT,
+    TABLE,
+    Failure,
+    KernelResources,
+    Report,
+    kernel_table,
+    order,
+    read_table,
+    to_json,
+)
 from mpkernels.profiling.toolchain import Nvcc, ToolchainError, require_nvcc
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mpkernels.spec import TritonKernel
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100, B200
-TABLE = Path(__file__).with_name("kernels.json")
-REFRESH = "python -m mpkernels.profiling.static --write"
+ALWAYS = 90  # also what is recorded compiles for this one
 WORKERS = 2
 
-_ABOUT = f"Static resources of every GPU kernel, as compiled; refresh with: {REFRESH}"
 _ROOT = Path(__file__).resolve().parents[2]
 
 # The stable ABI of torch 2.11 (see csrc/), as the CUDA library is built.
@@ -54,67 +65,25 @@ class CompileError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class KernelResources:
-    """What one compiled kernel takes of a multiprocessor, on one architecture."""
-
-    kernel: str  # the spec's name (Triton), or the demangled C++ name without its arguments (CUDA)
-    backend: str  # "triton" or "cuda"
-    family: str
-    source: str  # relative to the repository
-    arch: str  # "sm_90"
-    registers: int  # a thread
-    shared_bytes: int  # a block; CUDA: static only, as the dynamic part is decided at the launch
-    spill_bytes: int  # a thread: CUDA: spill stores + loads; Triton: local memory, which it uses for nothing else
-    stack_bytes: int  # a thread: spills, and local arrays with an index unknown to the compiler
-    threads_per_block: int | None  # Triton: 32 * num_warps; CUDA: __launch_bounds__, or None
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A kernel, or a file of kernels, that does not compile."""
-
-    kernel: str
-    arch: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """The resources of all kernels, with the compilers that they come from."""
-
-    nvcc: str
-    triton: str
-    kernels: tuple[KernelResources, ...]
-    failures: tuple[Failure, ...] = ()
-
-    @property
-    def spilling(self) -> tuple[KernelResources, ...]:
-        """The kernels that spill registers to local memory."""
-        return tuple(kernel for kernel in self.kernels if kernel.spill_bytes > 0)
-
-    def problems(self) -> list[str]:
-        """A line for every kernel that does not compile, or spills."""
-        found = [f"{failure.kernel} ({failure.arch}) does not compile: {failure.reason}" for failure in self.failures]
-        return found + [
-            f"{kernel.kernel} ({kernel.backend}, {kernel.arch}, {kernel.source}) spills:"
-            f" {kernel.spill_bytes} bytes a thread at {kernel.registers} registers"
-            for kernel in self.spilling
-        ]
-
-
-@dataclass(frozen=True)
 class _Job:
-    name: str
+    name: str  # the source (CUDA), the kernel (Triton)
     arch: str
+    fingerprint: str
     compile: Callable[[], Sequence[KernelResources]]
 
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.arch}"
 
-def compile_all(root: Path | None = None, progress: Progress | None = None) -> Report:
+
+def compile_all(root: Path | None = None, progress: Progress | None = None, recorded: Report | None = None) -> Report:
     """Compiles every Triton and CUDA kernel of the repository for every architecture.
 
     Args:
         root: the repository, for ``csrc``; by default the one that this package is in.
         progress: called with (what has finished, jobs finished, all jobs) after each compilation.
+        recorded: a report whose resources are taken where a compilation has the same fingerprint there (and is not
+            for ``ALWAYS``).
 
     Returns:
         The resources; what does not compile is among the report's failures.
@@ -129,8 +98,29 @@ def compile_all(root: Path | None = None, progress: Progress | None = None) -> R
     nvcc = require_nvcc()
     kernels, failures = triton_kernels()
     jobs = cuda_jobs(cuda_sources(root), nvcc, root) + triton_jobs(kernels)
-    found, failed = run_jobs(jobs, progress)
-    return Report(nvcc.version, triton_version, found, (*failures, *failed))
+    known = unchanged(jobs, recorded) if recorded is not None else {}
+    found, failed = run_jobs([job for job in jobs if job.title not in known], progress)
+    found = (*found, *(kernel for kernels in known.values() for kernel in kernels))
+    return Report(
+        nvcc.version,
+        triton_version,
+        tuple(sorted(found, key=order)),
+        (*failures, *failed),
+        {job.title: job.fingerprint for job in jobs},
+    )
+
+
+def unchanged(jobs: Iterable[_Job], recorded: Report) -> dict[str, list[KernelResources]]:
+    """What a report knows of compilations that would be the same now, by their titles; none for ``ALWAYS``."""
+    rows: dict[str, list[KernelResources]] = {}
+    for kernel in recorded.kernels:
+        name = kernel.source if kernel.backend == "cuda" else kernel.kernel
+        rows.setdefault(f"{name} {kernel.arch}", []).append(kernel)
+    return {
+        job.title: rows[job.title]
+        for job in jobs
+        if job.arch != f"sm_{ALWAYS}" and job.title in rows and recorded.fingerprints.get(job.title) == job.fingerprint
+    }
 
 
 def run_jobs(
@@ -148,12 +138,8 @@ def run_jobs(
             except CompileError as error:
                 failures.append(Failure(job.name, job.arch, str(error)))
             if progress is not None:
-                progress(f"{job.name} {job.arch}", finished, len(jobs))
-    return tuple(sorted(found, key=_order)), tuple(sorted(failures, key=lambda f: (f.kernel, f.arch)))
-
-
-def _order(kernel: KernelResources) -> tuple:
-    return kernel.family, kernel.source, kernel.kernel, int(kernel.arch.removeprefix("sm_"))
+                progress(job.title, finished, len(jobs))
+    return tuple(sorted(found, key=order)), tuple(sorted(failures, key=lambda f: (f.kernel, f.arch)))
 
 
 def cuda_sources(root: Path) -> list[Path]:
@@ -168,11 +154,17 @@ def cuda_jobs(sources: Iterable[Path], nvcc: Nvcc, root: Path) -> list[_Job]:
         _Job(
             _relative(source, root),
             f"sm_{arch}",
+            _fingerprint(source, root, nvcc, _settings(arch, nvcc, host=False)),
             functools.partial(compile_cuda, source, arch, nvcc, root, host=arch == known[0]),
         )
         for source in sources
         for arch in known
     ]
+
+
+def _settings(arch: int, nvcc: Nvcc, *, host: bool) -> list[str]:
+    target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c" if host else "--cubin"]
+    return [*_NVCC_FLAGS, *nvcc.compile_flags, "-Xptxas=-v", *target]
 
 
 def compile_cuda(source: Path, arch: int, nvcc: Nvcc, root: Path, *, host: bool = True) -> list[KernelResources]:
@@ -191,8 +183,7 @@ def compile_cuda(source: Path, arch: int, nvcc: Nvcc, root: Path, *, host: bool 
     Raises:
         CompileError: nvcc refuses it; the message is nvcc's.
     """
-    settings = [*_NVCC_FLAGS, *nvcc.compile_flags, "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    settings += ["-c" if host else "--cubin"]
+    settings = _settings(arch, nvcc, host=host)
     kept = root / "build" / "gates" / f"{_fingerprint(source, root, nvcc, settings)}.json"
     if kept.exists():
         used, bounds = json.loads(kept.read_text())
@@ -252,7 +243,7 @@ def _fingerprint(source: Path, root: Path, nvcc: Nvcc, settings: Sequence[str]) 
         for path in sorted(folder.glob("*")):
             if path.suffix in (".cu", ".cuh", ".h"):
                 hasher.update(path.name.encode() + b"\0" + path.read_bytes())
-    return hasher.hexdigest()[:32]
+    return hasher.hexdigest()[:16]
 
 
 def _includes(root: Path) -> list[Path]:
@@ -349,11 +340,25 @@ def triton_kernels() -> tuple[list[tuple[str, TritonKernel]], tuple[Failure, ...
 def triton_jobs(kernels: Iterable[tuple[str, TritonKernel]]) -> list[_Job]:
     """A compilation for each (family, kernel) and each of ``ARCHITECTURES`` that launches it."""
     return [
-        _Job(kernel.name, f"sm_{arch}", functools.partial(compile_triton, kernel, family, arch))
+        _Job(
+            kernel.name,
+            f"sm_{arch}",
+            _triton_fingerprint(kernel, arch),
+            functools.partial(compile_triton, kernel, family, arch),
+        )
         for family, kernel in kernels
         for arch in ARCHITECTURES
         if not kernel.architectures or arch in kernel.architectures
     ]
+
+
+def _triton_fingerprint(kernel: TritonKernel, arch: int) -> str:
+    """Of all that a compilation depends on: Triton, the kernel and what it calls, the specialisation."""
+    import triton
+
+    about = [triton.__version__, kernel.function.cache_key, arch, kernel.num_warps, kernel.num_stages]
+    about += [sorted(kernel.signature.items()), sorted(kernel.constexprs.items(), key=str), sorted(kernel.divisible)]
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
 def compile_triton(kernel: TritonKernel, family: str, arch: int) -> list[KernelResources]:
@@ -432,88 +437,7 @@ def _relative(path: Path, root: Path) -> str:
     return path.relative_to(root.resolve()).as_posix() if path.is_relative_to(root.resolve()) else path.name
 
 
-def to_json(report: Report) -> str:
-    """The report as text, one kernel a line, in a stable order and without dates."""
-    rows = ",\n".join("    " + json.dumps(asdict(kernel)) for kernel in report.kernels)
-    head = json.dumps({"about": _ABOUT, "nvcc": report.nvcc, "triton": report.triton}, indent=2)
-    failures = f',\n  "failures": {json.dumps([asdict(f) for f in report.failures])}' if report.failures else ""
-    return head.removesuffix("\n}") + failures + f',\n  "kernels": [\n{rows}\n  ]\n}}\n'
-
-
-def from_json(text: str) -> Report:
-    """The inverse of :func:`to_json`."""
-    data = json.loads(text)
-    kernels = tuple(KernelResources(**kernel) for kernel in data["kernels"])
-    failures = tuple(Failure(**failure) for failure in data.get("failures", ()))
-    return Report(data["nvcc"], data["triton"], kernels, failures)
-
-
-def read_table(path: Path = TABLE) -> Report:
-    """The recorded resources, ``kernels.json`` of the package; compiles nothing.
-
-    Raises:
-        FileNotFoundError: there is no such file; the message says how to make it.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: make it with `{REFRESH}` in a clone")
-    return from_json(path.read_text())
-
-
-def differences(fresh: Report, recorded: Report) -> list[str]:
-    """What makes a recorded table stale: other kernels, or other resources from the same compiler version."""
-
-    def by_name(report: Report) -> dict[tuple[str, str, str], KernelResources]:
-        return {(kernel.source, kernel.kernel, kernel.arch): kernel for kernel in report.kernels}
-
-    now, then = by_name(fresh), by_name(recorded)
-    same_version = {"cuda": fresh.nvcc == recorded.nvcc, "triton": fresh.triton == recorded.triton}
-    found = [f"{', '.join(key)}: compiled, but not in the table" for key in now.keys() - then.keys()]
-    found += [f"{', '.join(key)}: in the table, but no longer compiled" for key in then.keys() - now.keys()]
-    for key in now.keys() & then.keys():
-        if now[key] != then[key] and same_version[now[key].backend]:
-            old, new = asdict(then[key]), asdict(now[key])
-            changed = [f"{name} {old[name]} -> {new[name]}" for name in new if old[name] != new[name]]
-            found.append(f"{', '.join(key)}: {', '.join(changed)}")
-    return sorted(found)
-
-
-def kernel_table(report: Report | None = None) -> Table:
-    """The resources as a table for the terminal, a kernel a row and an architecture a column.
-
-    Args:
-        report: what to show; by default the recorded table.
-    """
-    from rich.markup import escape
-    from rich.table import Table
-
-    report = read_table() if report is None else report
-    architectures = sorted({kernel.arch for kernel in report.kernels}, key=lambda arch: int(arch.removeprefix("sm_")))
-    table = Table(
-        title="GPU kernels as compiled: registers a thread, shared bytes a block",
-        caption=f"nvcc {report.nvcc}, triton {report.triton}; CUDA: shared memory without what the launch adds",
-    )
-    table.add_column("source")
-    table.add_column("kernel", overflow="fold")
-    table.add_column("threads", justify="right")
-    for arch in architectures:
-        table.add_column(arch, justify="right")
-    rows: dict[tuple[str, str], dict[str, KernelResources]] = {}
-    for kernel in report.kernels:
-        rows.setdefault((kernel.source, kernel.kernel), {})[kernel.arch] = kernel
-    for (source, name), by_arch in rows.items():
-        threads = next(iter(by_arch.values())).threads_per_block
-        cells = [_cell(by_arch[arch]) if arch in by_arch else "" for arch in architectures]
-        short = re.sub(r"^(?:(?:\w+|\(anonymous namespace\))::)+", "", name)
-        table.add_row(source, escape(short), "" if threads is None else str(threads), *cells)
-    return table
-
-
-def _cell(kernel: KernelResources) -> str:
-    spills = f"\n[bold red]spills {kernel.spill_bytes} B[/]" if kernel.spill_bytes else ""
-    return f"{kernel.registers}, {kernel.shared_bytes:,}{spills}"
-
-
-def _compile_with_progress() -> Report:
+def _compile_with_progress(recorded: Report | None) -> Report:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -527,7 +451,8 @@ def _compile_with_progress() -> Report:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
         return compile_all(
-            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+            recorded=recorded,
         )
 
 
@@ -535,12 +460,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compiles everything, prints the table and what is wrong; returns the exit status."""
     from rich.console import Console
 
-    parser = argparse.ArgumentParser(prog="python -m mpkernels.profiling.static", description=_ABOUT)
+    parser = argparse.ArgumentParser(prog="python -m mpkernels.profiling.static", description=ABOUT)
     parser.add_argument("--write", action="store_true", help=f"record the table in {TABLE.name} (if all compiles)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was compiled, and what failed, to FILE")
+    parser.add_argument(
+        "--changed", action="store_true", help=f"compile what is not in {TABLE.name}, and for sm_{ALWAYS}"
+    )
     options = parser.parse_args(arguments)
     try:
-        report = _compile_with_progress()
+        report = _compile_with_progress(read_table() if options.changed and TABLE.exists() else None)
     except ToolchainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

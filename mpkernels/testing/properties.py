@@ -63,6 +63,7 @@ class OpProperties:
             torch.testing.assert_close(got, wanted)
 
     @pytest.mark.costly
+    @pytest.mark.once
     def test_repeats_are_bit_equal(self, op, case):
         arguments = case.arguments(torch.float32, self.device)
 
@@ -115,6 +116,7 @@ class OpProperties:
             op.function(**({"backend": self.backend} | bad.arguments(device=self.device)))
 
     @pytest.mark.costly
+    @pytest.mark.once
     def test_opcheck(self, op, case):
         """Torch's own check of schema, fake function and dispatch, of the ops that this case calls."""
         if self.backend == "reference":

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from mpkernels import masks, spec
 from mpkernels.attention import attention, decode_attention
+from mpkernels.library import triton_interpreted
 from mpkernels.testing import compare, strategies
 from mpkernels.testing.properties import OpProperties
 
 FUZZ = settings(
-    max_examples=10,
+    max_examples=4 if triton_interpreted() else 10,
     deadline=None,
     derandomize=True,
     # one test runs in several subclasses, and fibres take their time

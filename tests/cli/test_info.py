@@ -36,12 +36,12 @@ def test_missing_cuda_is_told_by_what_is_missing(run_json, monkeypatch):
 
 
 def test_kernels_without_a_table_says_how_to_make_it(run, monkeypatch):
-    from mpkernels.profiling import static
+    from mpkernels.profiling import resources
 
     def missing():
         raise FileNotFoundError("make it with `x`")
 
-    monkeypatch.setattr(static, "read_table", missing)
+    monkeypatch.setattr(resources, "read_table", missing)
     result = run("info", "--kernels")
     assert result.exit_code == 1
     assert "make it with `x`" in result.stderr

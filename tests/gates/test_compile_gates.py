@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mpkernels.profiling import static
-from mpkernels.profiling.static import KernelResources, Report
+from mpkernels.profiling import resources, static
+from mpkernels.profiling.resources import KernelResources, Report
 from mpkernels.profiling.toolchain import ToolchainError, require_nvcc
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -36,16 +36,16 @@ def nvcc():
 @pytest.fixture(scope="module")
 def compiled(nvcc, tmp_path_factory) -> Report:
     file = tmp_path_factory.mktemp("static") / "kernels.json"
-    done = run_python("-m", "mpkernels.profiling.static", "--json", str(file))
+    done = run_python("-m", "mpkernels.profiling.static", "--changed", "--json", str(file))
     assert file.exists(), f"exit status {done.returncode}\n{done.stderr}"
-    report = static.from_json(file.read_text())
+    report = resources.from_json(file.read_text())
     assert done.returncode == (1 if report.problems() else 0), done.stderr
     return report
 
 
 @pytest.fixture(scope="module")
 def recorded() -> Report:
-    return static.read_table()
+    return resources.read_table()
 
 
 def test_everything_compiles(compiled):
@@ -81,8 +81,8 @@ def test_no_spills(compiled):
 
 
 def test_recorded_table_is_fresh(compiled, recorded):
-    stale = static.differences(compiled, recorded)
-    assert not stale, f"{static.TABLE.name} is stale: run `{static.REFRESH}`\n" + "\n".join(stale)
+    stale = resources.differences(compiled, recorded)
+    assert not stale, f"{resources.TABLE.name} is stale: run `{resources.REFRESH}`\n" + "\n".join(stale)
     assert len(recorded.kernels) >= len(compiled.kernels)
 
 
@@ -90,7 +90,7 @@ def test_table_for_the_terminal_names_every_kernel(recorded):
     from rich.console import Console
 
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 (closed with the console)
-    console.print(static.kernel_table())
+    console.print(resources.kernel_table())
     text = console.export_text()
     assert all(kernel.kernel.split("::")[-1] in text for kernel in recorded.kernels)
 
@@ -182,7 +182,7 @@ from pathlib import Path
 import triton
 import triton.language as tl
 
-from mpkernels.profiling import static
+from mpkernels.profiling import resources, static
 from mpkernels.spec import TritonKernel
 
 
@@ -214,7 +214,7 @@ kernels = [
 ]
 static.ARCHITECTURES = (90,)
 found, failures = static.run_jobs(static.triton_jobs(("demo", kernel) for kernel in kernels))
-Path(sys.argv[1]).write_text(static.to_json(static.Report("none", "none", found, failures)))
+Path(sys.argv[1]).write_text(resources.to_json(resources.Report("none", "none", found, failures)))
 """
 
 
@@ -223,7 +223,7 @@ def test_triton_kernels_that_fail_are_named(tmp_path):
     module.write_text(_TRITON_MODULE)
     done = run_python(str(module), str(file))
     assert done.returncode == 0, done.stderr
-    report = static.from_json(file.read_text())
+    report = resources.from_json(file.read_text())
     assert [failure.kernel for failure in report.failures] == ["broken", "untyped"]
     assert "undefined_name" in report.failures[0].reason
     assert "arguments without a type: ['n'], unknown arguments: ['M']" in report.failures[1].reason
@@ -282,25 +282,46 @@ _KERNEL = KernelResources("f<3>", "cuda", "volume", "csrc/volume/op.cu", "sm_90"
 
 
 def test_json_round_trip():
-    report = Report("13.0.88", "3.7.0", (_KERNEL,), (static.Failure("g", "sm_80", 'line "1"\nline 2'),))
-    assert static.from_json(static.to_json(report)) == report
-    assert static.from_json(static.to_json(Report("1", "2", ()))) == Report("1", "2", ())
+    failure = resources.Failure("g", "sm_80", 'line "1"\nline 2')
+    report = Report("13.0.88", "3.7.0", (_KERNEL,), (failure,), {"csrc/volume/op.cu sm_90": "0123"})
+    assert resources.from_json(resources.to_json(report)) == report
+    assert resources.from_json(resources.to_json(Report("1", "2", ()))) == Report("1", "2", ())
+
+
+def test_what_is_recorded_as_it_is_does_not_compile_again(tmp_path, nvcc):
+    folder = tmp_path / "csrc" / "demo"
+    folder.mkdir(parents=True)
+    (folder / "op.cu").write_text("__global__ void f() {}\n")
+
+    def jobs():
+        return static.cuda_jobs(static.cuda_sources(tmp_path), nvcc, tmp_path)
+
+    kernels = tuple(
+        dataclasses.replace(_KERNEL, source="csrc/demo/op.cu", arch=f"sm_{arch}") for arch in static.ARCHITECTURES
+    )
+    recorded = Report("1", "2", kernels, fingerprints={job.title: job.fingerprint for job in jobs()})
+    known = static.unchanged(jobs(), recorded)
+    assert known == {
+        f"csrc/demo/op.cu {kernel.arch}": [kernel] for kernel in kernels if kernel.arch != f"sm_{static.ALWAYS}"
+    }
+    (folder / "op.cuh").write_text("// a header of the family\n")
+    assert static.unchanged(jobs(), recorded) == {}
 
 
 def test_a_stale_table_is_described():
     fresh = Report("13.0.88", "3.7.0", (_KERNEL, dataclasses.replace(_KERNEL, kernel="added")))
     then = (dataclasses.replace(_KERNEL, registers=40), dataclasses.replace(_KERNEL, kernel="gone"))
-    assert static.differences(fresh, Report("13.0.88", "3.7.0", then)) == [
+    assert resources.differences(fresh, Report("13.0.88", "3.7.0", then)) == [
         "csrc/volume/op.cu, added, sm_90: compiled, but not in the table",
         "csrc/volume/op.cu, f<3>, sm_90: registers 40 -> 32",
         "csrc/volume/op.cu, gone, sm_90: in the table, but no longer compiled",
     ]
-    of_another_compiler = static.differences(fresh, Report("13.1.80", "3.7.0", then))
+    of_another_compiler = resources.differences(fresh, Report("13.1.80", "3.7.0", then))
     assert not any("registers" in line for line in of_another_compiler)
     assert len(of_another_compiler) == 2
-    assert static.differences(fresh, fresh) == []
+    assert resources.differences(fresh, fresh) == []
 
 
 def test_a_missing_table_says_how_to_make_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"python -m mpkernels.profiling.static --write"):
-        static.read_table(tmp_path / "kernels.json")
+        resources.read_table(tmp_path / "kernels.json")

@@ -123,7 +123,8 @@ def check_convolution(
         return (taps - 1) * dilation
     if taps % 2 == 0:
         raise ValueError(
-            f"weight: expected an odd number of taps for a centred convolution (causal=False), got {tuple(weight.shape)}"
+            "weight: expected an odd number of taps for a centred convolution (causal=False), got shape "
+            f"{tuple(weight.shape)}"
         )
     return (taps - 1) // 2 * dilation
 

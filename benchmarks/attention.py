@@ -14,17 +14,15 @@ import argparse
 import contextlib
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch._functorch.config
+from peers import MEMORY, bar, chosen, record, resident, settings
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
@@ -49,8 +47,7 @@ STREAM = "stream read"  # of as many bytes as the keys and values have
 CONTESTANTS = (OURS, SDPA, FLASH, CUDNN, FLEX, STREAM)  # as tables show them
 
 OF_SDPA, OF_FLEX, OF_FLASH = f"x {SDPA}", f"x {FLEX}", f"x {FLASH}"
-RATE, OPERATIONS, DENSITY, MEMORY = "GB/s", "TFLOP/s", "of the block-density bound", "x inputs and outputs"
-AT_MOST = (MEMORY,)  # of the other bars, more is better
+RATE, OPERATIONS, DENSITY = "GB/s", "TFLOP/s", "of the block-density bound"
 
 Run = Callable[[], object]
 
@@ -294,25 +291,16 @@ def measure(found: dict, row: Row, device: str, seconds: float, rounds: int, fle
         found["reached"][DENSITY] = found["reached"].pop(f"x {UNMASKED}") * density
 
 
-def _status(name: str) -> int:
-    """A size that Linux tells of this process, in bytes; elsewhere the most that was ever resident."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def memory_of_one(row: Row, name: str) -> dict[str, int]:
     """In this process: how far one call grows the resident set, and the bytes of its inputs and outputs."""
     Problem(replace(row, length=128)).run(name)()  # threads and libraries are there
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     problem = Problem(row)
     run = problem.run(name)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     outputs = run()
-    peak = _status("VmHWM")
+    peak = resident("VmHWM")
     gradients = outputs if isinstance(outputs, tuple) else ()
     shared = sum(
         x.numel() * x.element_size() for x in [*problem.inputs(), problem.query, *gradients]
@@ -334,24 +322,6 @@ def measure_memory(found: dict, row: Row) -> None:
         found["bytes"]["inputs and outputs"] = sizes["inputs and outputs"]
         if name == OURS:
             found["reached"][MEMORY] = sizes["grown"] / sizes["inputs and outputs"]
-
-
-def judged(found: dict) -> list[tuple[str, float, float | None, bool]]:
-    """(figure, asked, reached, met) for each bar of a row."""
-    verdicts = []
-    for figure, asked in found["bars"].items():
-        value = found["reached"].get(figure)
-        met = value is not None and (value <= asked if figure in AT_MOST else value >= asked)
-        verdicts.append((figure, asked, value, met))
-    return verdicts
-
-
-def bar(found: dict) -> str:
-    """The bars of a row, and whether they are met, in words."""
-    return "; ".join(
-        f"{figure} {asked:g}: {'met' if met else 'not measured' if value is None else 'MISSED'}"
-        for figure, asked, value, met in judged(found)
-    )
 
 
 def show(results: Sequence[dict], device: str, console: Console) -> None:
@@ -390,11 +360,6 @@ def rate(found: dict) -> str:
     return f"{reached[OPERATIONS] * 1e3:.0f} GFLOP/s" if OPERATIONS in reached else "-"
 
 
-def chosen(rows: Iterable[Row], only: Sequence[str]) -> list[Row]:
-    """The rows whose names have all the words of one of ``only``; all without any."""
-    return [row for row in rows if not only or any(all(w in row.name for w in words.split()) for words in only)]
-
-
 def collect(rows: Sequence[Row], asked: argparse.Namespace, console: Console) -> list[dict]:
     """Measures the rows; where time is up, or at Ctrl-C, the rest is left out."""
     empty = {"seconds": {}, "spread": {}, "reached": {}, "problems": {}}
@@ -418,26 +383,6 @@ def collect(rows: Sequence[Row], asked: argparse.Namespace, console: Console) ->
     except KeyboardInterrupt:
         console.print("Interrupted, or no time left: the rest was not measured.")
     return [found for found in results if found["reached"] or found["problems"]]
-
-
-def record(data: dict, path: Path, names: Sequence[str]) -> None:
-    """Writes the results; rows of the file that were not measured now stay, in the order of ``names``."""
-    kept = json.loads(path.read_text())["measured"] if path.exists() else []
-    found = {row["name"]: row for row in [*kept, *data["measured"]]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = data | {"measured": [found[name] for name in names if name in found]}
-    path.write_text(terminal.to_json(data) + "\n")
-
-
-@contextlib.contextmanager
-def settings(threads: int | None) -> Iterator[None]:
-    """Threads; graphs of FlexAttention that can be run backward again; no warnings about what we know."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    with torch._functorch.config.patch(donated_buffer=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(before)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

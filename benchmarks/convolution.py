@@ -1,18 +1,19 @@
-"""Times the convolutions beside what torch users write, eager and compiled; measures memory; records both.
+"""Times the convolutions beside what users of torch write, eager and compiled; measures memory; records both.
 
-    python benchmarks/convolution.py [--record] [--only WORDS] [--threads N] [--quick] [--no-compile] [--device cpu|cuda]
+    python benchmarks/convolution.py [--record] [--only WORDS] [--threads N] [--quick] [--no-compile] [--device DEVICE]
 
-Every row of ROWS is timed in one process, contestants in turn; a ratio is the median of those of the rounds. Rows with
-"generate" or "sampling" in their names are loops over samples: theirs are timed over few samples, ours over many, on
-one core. Memory is the growth of the resident set in a process of its own, outputs included. ``--only`` chooses the rows
-that have all of its words in their names; ``--record`` replaces these rows in
-benchmarks/results/<machine>/convolution_peers.json.
+Every row of ROWS is timed in one process, contestants in turn; a ratio is the median of those of the rounds. Loops over
+samples (wavenet_generate, pixelcnn) have one thread, and their peers are timed over few samples. Memory is the growth of
+the resident set in a process of its own. ``--only`` chooses the rows that have all of its words in their names;
+``--record`` replaces these rows in benchmarks/results/<machine>/convolution_peers.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import importlib.util
 import json
 import math
 import subprocess
@@ -44,7 +45,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE = "convolution_peers.json"
 FORWARD, TRAINING = "forward", "forward+backward"
 OURS, EAGER, COMPILED, COPY = "mpkernels", "eager torch", "torch.compile", "copy"
-CONTESTANTS = (OURS, EAGER, COMPILED, COPY)
+CAUSAL = "causal-conv1d"  # where it is installed
+CONTESTANTS = (OURS, EAGER, COMPILED, COPY, CAUSAL)
 OF_EAGER, OF_COMPILED, OF_COPY = f"x {EAGER}", f"x {COMPILED}", "of copy bandwidth"
 RATE, OF_RECOMPUTING, OF_CACHED, OF_NAIVE = "kHz", "x recomputing", "x cached loop", "x naive loop"
 
@@ -59,10 +61,11 @@ class Problem:
     ours: Function
     eager: Function
     copied: Tensor | None = None  # what a memory-bound kernel reads, and writes as much
+    peers: dict[str, Function] = field(default_factory=dict)  # of other packages
 
     def runs(self, which: str, compiled: bool) -> dict[str, Callable[[], object]]:
         """The contestants, by name, as functions without arguments."""
-        functions = {OURS: self.ours, EAGER: self.eager}
+        functions = {OURS: self.ours, EAGER: self.eager} | self.peers
         if compiled:
             torch._dynamo.reset()
             functions[COMPILED] = torch.compile(self.eager, dynamic=False)
@@ -138,9 +141,12 @@ def depthwise(device: str, scale: int) -> Problem:
         padded = functional.pad(x, (width - 1, 0))
         return functional.silu(functional.conv1d(padded, weight[:, None], bias, groups=weight.shape[0]))
 
-    return Problem(
-        [x, weight, bias], lambda x, weight, bias: depthwise_conv1d(x, weight, bias, activation="silu"), eager, x
-    )
+    peers = {}
+    if device == "cuda" and importlib.util.find_spec("causal_conv1d") is not None:
+        causal_conv1d = importlib.import_module("causal_conv1d")
+        peers[CAUSAL] = lambda x, weight, bias: causal_conv1d.causal_conv1d_fn(x, weight, bias, activation="silu")
+    ours = partial(depthwise_conv1d, activation="silu")
+    return Problem([x, weight, bias], ours, eager, x, peers)
 
 
 def masked2d(device: str, scale: int, colors: int) -> Problem:
@@ -188,7 +194,7 @@ def made(device: str, scale: int, ordered: bool) -> Problem:
 
 
 def generate(seconds: float, dtype: torch.dtype) -> dict:
-    """nv-wavenet's "Medium" on one core: samples a second, beside recomputing and beside a loop with caches in torch."""
+    """nv-wavenet's "Medium" on one core: samples a second, beside recomputing and a loop with caches in torch."""
     from mpkernels.convolution.wavenet_generate import loops, pack, wavenet_generate
 
     network = loops.medium()

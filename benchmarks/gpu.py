@@ -7,7 +7,7 @@
 2. ``sanitize``: the small cases of every op on backend cuda, forward and backward, under memcheck and racecheck.
 3. ``bench``: as ``mpkernels bench --record``, into ``<results>/<machine>/<op>.json``, with a third pass, the backward
    alone, and with copies of the inputs in turn where they would stay in L2.
-4. ``attention``: attention beside torch's kernels, by benchmarks/attention.py, into attention_peers.json.
+4. ``peers``: families beside the kernels of others, by benchmarks/{attention,convolution}.py, into <family>_peers.json.
 
 It exits with 0; with 1 where a test, the sanitizer or one of our backends failed; with 2 where there is no GPU or an
 argument is wrong. What does not fit into the time limit is told, and is a failure if it is a test.
@@ -49,8 +49,9 @@ SHARES = {
     "tests": 0.45,
     "sanitize": 0.1,
     "bench": 0.25,
-    "attention": 0.2,
+    "peers": 0.2,
 }  # of the time limit, in the order in which the stages run
+PEERS = ("attention", "convolution")  # families with a script of that name beside this one
 TOOLS = ("memcheck", "racecheck")
 FOUND_ERRORS = 99  # compute-sanitizer's exit status where it found any
 BAR_SAMPLES = 2**24  # workloads of so many samples are held to the bars:
@@ -229,15 +230,19 @@ def run_benchmarks(specs: Sequence[OpSpec], seconds: float, results: Path) -> li
     return finish(data, specs, results)
 
 
-def run_attention(specs: Sequence[OpSpec], seconds: float, results: Path) -> list[str]:
-    """Attention beside torch's kernels, where it is among the ops; what does not fit into the time is left out."""
-    if all(spec.name != "attention" for spec in specs):
-        return []
-    script = [sys.executable, str(ROOT / "benchmarks" / "attention.py"), "--device", "cuda", "--record"]
-    # it starts no row when its time is nearly over, and a row compiles for some seconds
-    status, _ = run_for([*script, "--results", str(results.resolve()), "--limit", f"{0.8 * seconds:.0f}"], seconds)
-    told = {None: f"not done after {seconds:.0f} s", terminal.WRONG: "a row of ours did not run"}
-    return [f"attention: {told.get(status, f'exit status {status}')}"] if status != terminal.OK else []
+def run_peers(specs: Sequence[OpSpec], seconds: float, results: Path) -> list[str]:
+    """The families of the ops beside others' kernels, as far as they have a script; the time is shared evenly."""
+    families = [family for family in PEERS if any(spec.family == family for spec in specs)]
+    failures = []
+    for family in families:
+        own = seconds / len(families)
+        script = [sys.executable, str(ROOT / "benchmarks" / f"{family}.py"), "--device", "cuda", "--record"]
+        # it starts no row when its time is nearly over, and a row compiles for some seconds
+        status, _ = run_for([*script, "--results", str(results.resolve()), "--limit", f"{0.8 * own:.0f}"], own)
+        told = {None: f"not done after {own:.0f} s", terminal.WRONG: "a row of ours did not run"}
+        if status != terminal.OK:
+            failures.append(f"{family}: {told.get(status, f'exit status {status}')}")
+    return failures
 
 
 def by_pass(rows: list[dict]) -> dict[tuple[str, str, str], dict[str, dict]]:
@@ -352,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             elif stage == "bench":
                 failures += run_benchmarks(specs, seconds, asked.results)
             else:
-                failures += run_attention(specs, seconds, asked.results)
+                failures += run_peers(specs, seconds, asked.results)
         except Exception:  # the other stages go on
             failures.append(f"{stage}: {traceback.format_exc()}")
 

@@ -249,33 +249,37 @@ def test_a_stage_that_breaks_fails_and_the_others_run(gpu, all_well, monkeypatch
     monkeypatch.setattr(gpu, "run_tests", broken)
     monkeypatch.setattr(gpu, "sanitize", lambda specs, seconds: [])
     monkeypatch.setattr(gpu, "run_benchmarks", lambda specs, seconds, results: [f"bench {results} {seconds > 100}"])
-    monkeypatch.setattr(gpu, "run_attention", lambda specs, seconds, results: [f"attention {results} {seconds > 100}"])
+    monkeypatch.setattr(gpu, "run_peers", lambda specs, seconds, results: [f"peers {results} {seconds > 100}"])
     assert gpu.main(["--results", "there"]) == terminal.WRONG
     out = capsys.readouterr().out
     assert "RuntimeError: out of memory" in out
     assert "FAILED bench there True" in out
-    assert "FAILED attention there True" in out
+    assert "FAILED peers there True" in out
     assert gpu.main(["--only", "sanitize"]) == terminal.OK
 
 
-def test_attention_beside_its_peers_is_a_process_of_its_own(gpu, monkeypatch, tmp_path):
-    started, statuses = [], [0, None, 2]
+def test_families_beside_their_peers_are_processes_of_their_own(gpu, monkeypatch, tmp_path):
+    started, statuses = [], [0, None, 2, 0, 1]
 
     def run_for(command, seconds):
         started.append((command[1:], seconds))
         return statuses[len(started) - 1], ""
 
     monkeypatch.setattr(gpu, "run_for", run_for)
-    assert gpu.run_attention([find("composite")], 100, tmp_path) == []
+    assert gpu.run_peers([find("composite")], 100, tmp_path) == []
     for told in ([], ["attention: not done after 100 s"], ["attention: exit status 2"]):
-        assert gpu.run_attention([find("composite"), find("attention")], 100, tmp_path) == told
-    arguments = ["--device", "cuda", "--record", "--results", str(tmp_path), "--limit", "80"]
-    assert started == 3 * [([str(ATTENTION), *arguments], 100)]
+        assert gpu.run_peers([find("composite"), find("attention")], 100, tmp_path) == told
+    arguments = ["--device", "cuda", "--record", "--results", str(tmp_path), "--limit"]
+    assert started == 3 * [([str(ATTENTION), *arguments, "80"], 100)]
+    both = [find("attention"), find("dilated_conv1d")]
+    assert gpu.run_peers(both, 100, tmp_path) == ["convolution: a row of ours did not run"]
+    convolution = str(ATTENTION.with_name("convolution.py"))
+    assert started[3:] == [([script, *arguments, "40"], 50) for script in (str(ATTENTION), convolution)]
 
 
 @pytest.fixture
 def parsed(peers, monkeypatch):
-    """The arguments that run_attention gives are understood where there is a GPU."""
+    """The arguments that run_peers gives are understood where there is a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return peers.parse(["--device", "cuda", "--record", "--results", "there", "--limit", "80"])
 

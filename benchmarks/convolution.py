@@ -2,10 +2,10 @@
 
     python benchmarks/convolution.py [--record] [--only WORDS] [--threads N] [--quick] [--no-compile] [--device DEVICE]
 
-Every row of ROWS is timed in one process, contestants in turn; a ratio is the median of those of the rounds. Loops over
 Every row of ROWS is timed in one process, contestants in turn; a ratio is the median of those of the rounds. Loops of
-the resident set in a process of its own. ``--only`` chooses the rows that have all of its words in their names;
-``--record`` replaces these rows in benchmarks/results/<machine>/convolution_peers.json.
+single samples (wavenet_generate, pixelcnn) have one thread, and their peers are timed over few samples. Memory is the
+growth of the resident set in a process of its own. ``--only`` chooses the rows that have all of its words in their
+names; ``--record`` replaces these rows in benchmarks/results/<machine>/convolution_peers.json.
 """
 
 from __future__ import annotations

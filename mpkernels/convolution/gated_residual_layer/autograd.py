@@ -242,8 +242,7 @@ def _gradient_of(ctx, wanted: Sequence[int], kept: Sequence[int]):
         full = list(tensors)
         for i, x in zip(wanted, chosen, strict=True):
             full[i] = x
-        del full[_GATES]
-        found = derivative.layer_gradient(*full, *settings)
+        found = derivative.layer_gradient(*full[:_GATES], *full[_GATES + 1 :], *settings)
         return tuple(found[i] for i in kept)
 
     return gradient, [tensors[i] for i in wanted]

@@ -397,7 +397,7 @@ def specialised(
     arguments: Sequence[str] = function.arg_names
     floats = ("scale", "scale_rest")
     kinds = {name: f"*{dtype}" for name, dtype in pointers.items()} | dict.fromkeys(floats, "fp32")
-    kinds |= {name: "constexpr" for name in constexprs}
+    kinds |= dict.fromkeys(constexprs, "constexpr")
     multiples = ("_batch", "_channel", "_position", "_group", "_out", "_in", "_tap", "_first", "inputs", "outputs")
     return TritonKernel(
         name=f"{function.fn.__name__}[{words}]",
@@ -405,5 +405,6 @@ def specialised(
         signature={name: kinds.get(name, "i32") for name in arguments},
         constexprs=constexprs,
         divisible=tuple(name for name in arguments if name.endswith(multiples) and name not in kinds),
-        **options,
+        num_warps=options.get("num_warps", 4),
+        num_stages=options.get("num_stages", 1),
     )

@@ -13,9 +13,9 @@ Shapes: source (B, C, T) and out (B, D, T) by any strides, history (B, C, past),
 ``<name>_<dimension>`` is a stride in elements.
 
 Decomposition, without atomics, every sum in the order of a loop:
-    dilated_conv1d_taps     a program BLOCK_O output channels x BLOCK_T positions of a group of a sequence. It walks over
-                            the taps that read anything, first those that read what came before, and over BLOCK_C
-                            channels at a time.
+    dilated_conv1d_taps     a program BLOCK_O output channels x BLOCK_T positions of a group of a sequence. It walks
+                            over the taps that read anything, first those that read what came before, and over
+                            BLOCK_C channels at a time.
     dilated_conv1d_weight   a program BLOCK_O x BLOCK_C weights of a tap, over one piece of all (b, t), to a workspace
     dilated_conv1d_channel  a program BLOCK_O sums over one piece of the positions, to a workspace
     dilated_conv1d_pieces   adds the pieces of a workspace in their order
@@ -419,7 +419,7 @@ def dilated_conv1d_pieces(
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """scale times the sums of all pieces, in their order; the taps become the last dimension."""
+    """Writes scale times the sums of all pieces, in their order; the taps become the last dimension."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     zero = tl.zeros((), tl.int64)
     numel, taps = zero + numel, zero + taps

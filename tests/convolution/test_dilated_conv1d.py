@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mpkernels import spec
-from mpkernels.convolution import dilated_conv1d
+from mpkernels.convolution import depthwise_conv1d, dilated_conv1d
 from mpkernels.testing import compare, gradients, strategies, upcast
 from mpkernels.testing.properties import OpProperties
 
@@ -190,6 +190,24 @@ class DilatedConvolutionProperties(OpProperties):
         parts = [self.convolution(x[:, 3 * g : 3 * g + 3], weight[2 * g : 2 * g + 2], dilation=3) for g in range(2)]
         self.assert_same(got, torch.cat(parts, dim=1))
 
+    def test_depthwise_is_the_op_of_that_name(self):
+        x, weight, bias, state = self.normal(2, 5, 40), self.normal(5, 1, 3), self.normal(5), self.normal(2, 5, 8)
+        numbers = torch.tensor([0] * 17 + [1] * 23, dtype=torch.int32).expand(2, 40).to(self.device)
+        common = {"dilation": 4, "initial_state": state, "return_state": True, "activation": "silu"}
+        got = self.convolution(x, weight, bias, groups=5, seq_idx=numbers, **common)
+        wanted = depthwise_conv1d(x, weight[:, 0], bias, seq_idx=numbers, backend=self.backend, **common)
+        for a, b in zip(got, wanted, strict=True):
+            assert torch.equal(a, b)
+        dense = torch.diag_embed(weight[:, 0].T).permute(1, 2, 0).contiguous()
+        for a, b in zip(
+            self.convolution(x, weight, bias, groups=5, **common),
+            self.convolution(x, dense, bias, **common),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+        centred = self.convolution(x, weight, bias, groups=5, causal=False)
+        torch.testing.assert_close(centred, torch.nn.functional.conv1d(x, weight, bias, padding=1, groups=5))
+
     def test_transforms(self):
         """vmap over any argument, gradients a sample, derivatives of derivatives."""
         samples = 2
@@ -231,7 +249,6 @@ class DilatedConvolutionProperties(OpProperties):
         groups, taps, dilation = (data.draw(st.integers(1, most)) for most in (2, 5, 30))
         channels, outputs = (groups * data.draw(st.integers(1, 9)) for _ in range(2))
         batch, length = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 30 if self.slow else 150))
-        outputs += groups * (outputs == channels == groups)  # depthwise is another op
         shapes = {"x": (batch, channels, length), "weight": (outputs, channels // groups, taps)}
         optional = {"bias": (outputs,), "initial_state": (batch, channels, (taps - 1) * dilation)}
         for name, shape in optional.items():

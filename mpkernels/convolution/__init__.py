@@ -3,6 +3,7 @@
 from mpkernels.convolution.depthwise_conv1d import depthwise_conv1d, depthwise_conv1d_update
 from mpkernels.convolution.dilated_conv1d import dilated_conv1d
 from mpkernels.convolution.gated_residual_layer import GatedResidualLayer, gated_residual_layer
+from mpkernels.convolution.masked_conv2d import horizontal_stack, masked_conv2d, pixelcnn_mask, vertical_stack
 
 __all__ = [
     "GatedResidualLayer",
@@ -10,4 +11,8 @@ __all__ = [
     "depthwise_conv1d_update",
     "dilated_conv1d",
     "gated_residual_layer",
+    "horizontal_stack",
+    "masked_conv2d",
+    "pixelcnn_mask",
+    "vertical_stack",
 ]

@@ -4,6 +4,7 @@ from mpkernels.convolution.depthwise_conv1d import depthwise_conv1d, depthwise_c
 from mpkernels.convolution.dilated_conv1d import dilated_conv1d
 from mpkernels.convolution.gated_residual_layer import GatedResidualLayer, gated_residual_layer
 from mpkernels.convolution.masked_conv2d import horizontal_stack, masked_conv2d, pixelcnn_mask, vertical_stack
+from mpkernels.convolution.masked_linear import masked_linear
 
 __all__ = [
     "GatedResidualLayer",
@@ -13,6 +14,7 @@ __all__ = [
     "gated_residual_layer",
     "horizontal_stack",
     "masked_conv2d",
+    "masked_linear",
     "pixelcnn_mask",
     "vertical_stack",
 ]

@@ -5,9 +5,27 @@ from mpkernels.convolution.dilated_conv1d import dilated_conv1d
 from mpkernels.convolution.gated_residual_layer import GatedResidualLayer, gated_residual_layer
 from mpkernels.convolution.masked_conv2d import horizontal_stack, masked_conv2d, pixelcnn_mask, vertical_stack
 from mpkernels.convolution.masked_linear import masked_linear
+from mpkernels.convolution.mulaw import mulaw_decode, mulaw_encode
+from mpkernels.convolution.wavenet_generate import (
+    GenerationInterrupted,
+    PackedWaveNet,
+    WaveNetLayer,
+    WaveNetOutput,
+    WaveNetState,
+    WaveNetWeights,
+    pack,
+    wavenet_generate,
+    wavenet_sample,
+)
 
 __all__ = [
     "GatedResidualLayer",
+    "GenerationInterrupted",
+    "PackedWaveNet",
+    "WaveNetLayer",
+    "WaveNetOutput",
+    "WaveNetState",
+    "WaveNetWeights",
     "depthwise_conv1d",
     "depthwise_conv1d_update",
     "dilated_conv1d",
@@ -15,6 +33,11 @@ __all__ = [
     "horizontal_stack",
     "masked_conv2d",
     "masked_linear",
+    "mulaw_decode",
+    "mulaw_encode",
+    "pack",
     "pixelcnn_mask",
     "vertical_stack",
+    "wavenet_generate",
+    "wavenet_sample",
 ]

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import attention as attention_script
+import convolution as convolution_script
+from peers import bar
 
 from mpkernels.commands.bench_tables import cells
 from mpkernels.commands.terminal import seconds
@@ -138,9 +140,40 @@ def attention_in_full() -> list[str]:
     return lines[:-1] if lines else ["Nothing is recorded yet."]
 
 
-def _recorded(device: str) -> list[tuple[str, dict]]:
+def convolution() -> list[str]:
+    """What benchmarks/convolution.py recorded, without what was asked."""
+    return _convolution(asked=False)
+
+
+def convolution_in_full() -> list[str]:
+    """Everything that benchmarks/convolution.py recorded, beside what issue 5 asks."""
+    return _convolution(asked=True)
+
+
+def _convolution(asked: bool) -> list[str]:
+    lines: list[str] = []
+    for device in ("cpu", "cuda"):
+        for machine, data in _recorded(device, convolution_script.FILE):
+            rows = data["measured"]
+            peers = [name for name in convolution_script.CONTESTANTS[1:] if any(name in r["seconds"] for r in rows)]
+            lines += [
+                f"**convolution** on `{machine}`, {data['threads']} threads, torch {data['versions']['torch']}",
+                "",
+            ]
+            lines += [f"| | pass | mpkernels | {' | '.join(peers)} | figures |" + (" asked |" if asked else "")]
+            lines += [f"|---|---|---|{'---|' * len(peers)}---|" + ("---|" if asked else "")]
+            for row in rows:
+                shown = [convolution_script.cell(row, name) for name in ("mpkernels", *peers)]
+                shown += [convolution_script.figures(row) or "-", *([bar(row) or "-"] if asked else [])]
+                memory = ", peak memory" if row["memory"] else ""
+                lines.append(f"| {row['what']}{memory} | {row['which']} | {' | '.join(shown)} |")
+            lines.append("")
+    return lines[:-1] if lines else ["Nothing is recorded yet."]
+
+
+def _recorded(device: str, file: str = attention_script.FILE) -> list[tuple[str, dict]]:
     """(machine, what was recorded there on a device)."""
-    paths = sorted((ROOT / "benchmarks" / "results").glob(f"*/{attention_script.FILE}"))
+    paths = sorted((ROOT / "benchmarks" / "results").glob(f"*/{file}"))
     found = [(path.parent.name, json.loads(path.read_text())) for path in paths]
     return [(name, data) for name, data in found if data["device"] == device]
 
@@ -162,8 +195,15 @@ def _brief(row: dict | None) -> str:
 
 
 TABLES = {
-    "README.md": {"ops": ops, "results": results, "splatting": splatting, "attention": attention},
+    "README.md": {
+        "ops": ops,
+        "results": results,
+        "splatting": splatting,
+        "attention": attention,
+        "convolution": convolution,
+    },
     "docs/attention.md": {"attention": attention_in_full},
+    "docs/convolution.md": {"convolution": convolution_in_full},
 }
 
 

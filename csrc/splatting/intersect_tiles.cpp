@@ -156,7 +156,7 @@ class Spans {
       const T* const conic = in_.conics != nullptr ? in_.conics + 3 * g : nullptr;
       const T* const opacity = in_.opacities + g;
       const Shape shape =
-          image >= 0 && image < in_.images ? shape_of(mean, in_.radii + 2 * g, conic, opacity) : Shape::nothing;
+          image >= 0 && image < in_.images ? shape_of(in_.radii + 2 * g, conic, opacity) : Shape::nothing;
       m.tiles[i] = 0;
       m.x[i] = m.y[i] = m.b[i] = m.log_255_opacity[i] = 0;
       m.a[i] = m.c[i] = 1;

@@ -156,7 +156,7 @@ class Spans {
       const T* const conic = in_.conics != nullptr ? in_.conics + 3 * g : nullptr;
       const T* const opacity = in_.opacities + g;
       const Shape shape =
-          image >= 0 && image < in_.images ? shape_of(mean, in_.radii + 2 * g, conic, opacity) : Shape::nothing;
+          image >= 0 && image < in_.images ? shape_of(in_.radii + 2 * g, conic, opacity) : Shape::nothing;
       m.tiles[i] = 0;
       m.x[i] = m.y[i] = m.b[i] = m.log_255_opacity[i] = 0;
       m.a[i] = m.c[i] = 1;
@@ -214,18 +214,15 @@ class Spans {
     const size_t spans_before = spans.size();
     spans.resize(spans_before + static_cast<size_t>(rows));
     for (int64_t r = 0; r < rows; r += width) {
-      Ellipse<V> e{};
-      for (int lane = 0; lane < width; ++lane) {
-        const Ellipse<double>& from = m.ellipses[m.gaussian_of_row[r + lane]];
-        e.x[lane] = from.x;
-        e.y[lane] = from.y;
-        e.level[lane] = from.level;
-        e.slope[lane] = from.slope;
-        e.det_over_a[lane] = from.det_over_a;
-        e.inverse_a[lane] = from.inverse_a;
-        e.height[lane] = from.height;
-        e.dy_at_right[lane] = from.dy_at_right;
-      }
+      const auto gathered = [&](double Ellipse<double>::* member) {
+        V values{};
+        for (int lane = 0; lane < width; ++lane) values[lane] = m.ellipses[m.gaussian_of_row[r + lane]].*member;
+        return values;
+      };
+      using E = Ellipse<double>;
+      const Ellipse<V> e{gathered(&E::x),      gathered(&E::y),          gathered(&E::level),
+                         gathered(&E::slope),  gathered(&E::det_over_a), gathered(&E::inverse_a),
+                         gathered(&E::height), gathered(&E::dy_at_right)};
       const TileRange<V> columns = columns_of_row<V>(in_.grid, e, load_raw<double>(m.row + r));
       for (int lane = 0; lane < std::min<int64_t>(width, rows - r); ++lane) {
         const TileSpan span{static_cast<int32_t>(columns.begin[lane]), static_cast<int32_t>(columns.end[lane])};

@@ -123,10 +123,10 @@ MPKERNELS_HOST_DEVICE inline bool finite(double x) {
 
 enum class Shape { nothing, box, ellipse };
 
-// conic, opacity: null for boxes.
+// conic, opacity: null for boxes. (A mean that is NaN or infinite meets no tile: see `within` and `tiles_between`.)
 template <typename T>
-MPKERNELS_HOST_DEVICE inline Shape shape_of(const T* mean, const int32_t* radii, const T* conic, const T* opacity) {
-  if (radii[0] <= 0 || radii[1] <= 0 || !finite(mean[0]) || !finite(mean[1])) return Shape::nothing;
+MPKERNELS_HOST_DEVICE inline Shape shape_of(const int32_t* radii, const T* conic, const T* opacity) {
+  if (radii[0] <= 0 || radii[1] <= 0) return Shape::nothing;
   if (conic == nullptr) return Shape::box;
   const double a = conic[0], b = conic[1], c = conic[2], o = *opacity;
   const bool drawn = a > 0 && c > 0 && o >= alpha_min<double> && finite(a) && finite(b) && finite(c) && finite(o);
@@ -158,7 +158,7 @@ template <typename T>
 MPKERNELS_HOST_DEVICE inline Footprint footprint_of(const TileGrid& grid, const T* mean, const int32_t* radii,
                                                     const T* conic, const T* opacity) {
   Footprint f;
-  const Shape shape = shape_of(mean, radii, conic, opacity);
+  const Shape shape = shape_of(radii, conic, opacity);
   f.is_box = shape != Shape::ellipse;
   f.rows = f.columns = {0, 0};
   if (shape == Shape::ellipse) {

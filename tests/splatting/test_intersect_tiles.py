@@ -230,6 +230,22 @@ class TestFibres(IntersectTilesProperties):
     slow = True
     large = False
 
+    def test_more_gaussians_than_one_round_of_prefix_sums(self):
+        """A block scans the sums of 256 tiles of 2,048 counts at a time: 524,288 Gaussians and more take two rounds."""
+        count = 256 * 2048 + 5000
+        radii = torch.zeros(count, 2, dtype=torch.int32)
+        radii[:: count // 30] = 3
+        radii[-1] = 3
+        arguments = {
+            "means2d": torch.arange(2 * count, dtype=torch.float32).reshape(count, 2) % 37,
+            "radii": radii,
+            "depths": 1 + torch.arange(count, dtype=torch.float32) % 11,
+            "width": 40,
+            "height": 40,
+        }
+        for got, wanted in zip(self.intersect(**arguments), intersect_tiles(**arguments, backend="cpu"), strict=True):
+            assert torch.equal(got, wanted)
+
     @pytest.mark.parametrize("order", ["reverse", "random:1"])
     def test_order_of_threads_does_not_change_a_bit(self, order, monkeypatch):
         arguments = spec.find("intersect_tiles").case("needles").arguments(torch.float32)

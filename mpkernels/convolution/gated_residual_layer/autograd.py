@@ -242,8 +242,8 @@ def _gradient_of(ctx, wanted: Sequence[int], kept: Sequence[int]):
         full = list(tensors)
         for i, x in zip(wanted, chosen, strict=True):
             full[i] = x
-        del full[_GATES]
-        found = derivative.layer_gradient(*full, *settings)
+        given = [*full[:_GATES], *full[_GATES + 1 :], *settings]
+        found = derivative.layer_gradient(*given)
         return tuple(found[i] for i in kept)
 
     return gradient, [tensors[i] for i in wanted]
@@ -268,7 +268,8 @@ class _LayerForwardMode(_Layer):
         present = [i for i in range(_TENSORS) if inputs[i] is not None]
 
         def gradient(grad_residual, grad_skip):
-            found = derivative.layer_gradient(grad_residual, grad_skip, *inputs, *ctx.settings, ctx.backend)
+            given = [grad_residual, grad_skip, *inputs, *ctx.settings, ctx.backend]
+            found = derivative.layer_gradient(*given)
             return tuple(found[i] for i in present)
 
         # the gradient is linear in the gradients of the outputs: its transpose is the derivative in a direction

@@ -19,9 +19,9 @@ from mpkernels.convolution.dilated_conv1d import triton_kernels as kernels
 from mpkernels.spec import TritonKernel
 
 # (BLOCK_O, BLOCK_T, BLOCK_C, warps, stages) by kernel and bytes of an element; fewer channels take smaller blocks.
-# Chosen by registers: an accumulator of 64 x 128 is 32 registers a thread of 8 warps, and repairs hold two; products of float32 are made by
-# fused multiply-adds of numbers that threads hold, so their tiles are smaller. What kernels_to_compile names spills
-# nothing. No GPU has measured them yet.
+# Chosen by registers: an accumulator of 64 x 128 is 32 registers a thread of 8 warps, and a repair holds two; products
+# of float32 are made by fused multiply-adds of numbers that threads hold, so their tiles are shallow. What
+# kernels_to_compile names spills nothing. No GPU has measured them yet.
 _BLOCKS = {
     ("taps", 2): (64, 128, 32, 8, 3),
     ("taps", 4): (128, 64, 16, 8, 2),
@@ -182,8 +182,9 @@ def _add_pieces(workspace: Tensor, out: Tensor, taps: int, scale: float) -> None
     )
 
 
-def _wide(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+def wide(like: Tensor, *shape: int) -> Tensor:
+    """An empty tensor of the type that sums run in; of shape (0,) if none is given."""
+    return like.new_empty(shape or (0,), dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
 def weight_gradient(
@@ -203,7 +204,7 @@ def weight_gradient(
     blocks, options = blocks_of("weight", source.element_size(), outputs, inputs)
     programs = cut(outputs, blocks["BLOCK_O"]) * cut(inputs, blocks["BLOCK_C"]) * taps * groups
     pieces, each = _pieces(batch * cut(length, blocks["BLOCK_T"]), programs)
-    workspace = _wide(source, pieces, taps, total, inputs)
+    workspace = wide(source, pieces, taps, total, inputs)
     launch(
         kernels.dilated_conv1d_weight,
         source,
@@ -242,7 +243,7 @@ def channel_sums(grad: Tensor, out: Tensor, segments: int = 1, scale: float = 1.
     batches = batch // max(segments, 1)
     programs = cut(channels, block_o) * segments
     pieces, each = _pieces(batches * cut(length, block_t), programs)
-    workspace = _wide(grad, pieces, segments, channels)
+    workspace = wide(grad, pieces, segments, channels)
     launch(
         kernels.dilated_conv1d_channel,
         grad,
@@ -399,7 +400,21 @@ def specialised(
     floats = ("scale", "scale_rest")
     kinds = {name: f"*{dtype}" for name, dtype in pointers.items()} | dict.fromkeys(floats, "fp32")
     kinds |= dict.fromkeys(constexprs, "constexpr")
-    multiples = ("_batch", "_channel", "_position", "_group", "_out", "_in", "_tap", "_first", "inputs", "outputs")
+    multiples = (
+        "_batch",
+        "_channel",
+        "_position",
+        "_group",
+        "_out",
+        "_in",
+        "_tap",
+        "_first",
+        "inputs",
+        "outputs",
+        "pairs",
+        "conditions",
+        "rows",
+    )
     return TritonKernel(
         name=f"{function.fn.__name__}[{words}]",
         function=function,

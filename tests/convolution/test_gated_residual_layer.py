@@ -240,7 +240,9 @@ class GatedResidualLayerProperties(OpProperties):
             return sum(x.pow(3).sum() for x in self.layer(**arguments, dilation=2)[:2])
 
         inputs, every = ("x", "condition", "global_condition"), tuple(given)
-        for mapped, wanted in ((inputs, inputs), (("x",), every), (every, every))[: 1 if self.slow else None]:
+        for mapped, wanted in ((inputs, inputs), (("x",), every), (("x",), ("bias",)), (every, every))[
+            : 1 if self.slow else None
+        ]:
 
             def gradient(chosen, mapped=mapped, wanted=wanted):
                 full = given | dict(zip(mapped, chosen, strict=True))

@@ -111,9 +111,13 @@ def _far(arguments: Arguments) -> None:
 
 
 _CASES = (
-    Case("small", _sized(1, 2, 1, 2, 3, dilation=2, residual_scale=0.5), second_order=True),
-    Case("small, conditions, state", _sized(2, 1, 2, 1, 2, local=1, of_all=2, state=True), second_order=True),
-    Case("small, skip alone", _sized(1, 2, 1, 1, 3, 3, residual=False, biases=False, local=2), second_order=True),
+    Case("small, skip alone", _sized(1, 2, 1, 1, 3, residual=False, biases=False, local=1), second_order=True),
+    Case(
+        "small, conditions, state",
+        _sized(2, 1, 1, 1, 2, local=1, of_all=1, state=True, dilation=2, residual_scale=0.5),
+        second_order=True,
+    ),
+    Case("small", _sized(1, 2, 1, 2, 3, 3, dilation=2, residual_scale=0.5)),
     Case("typical", _sized(1, 32, 32, 48, 70, dilation=4, local=20, of_all=8)),
     Case("one tap, residual alone", _sized(2, 5, 7, 0, 19, 1, biases=False)),
     Case("odd sizes", _sized(2, 5, 17, 3, 77, 5, dilation=7, local=3, residual_scale=math.sqrt(0.5))),

@@ -19,12 +19,12 @@ from mpkernels.convolution.dilated_conv1d import triton_kernels as kernels
 from mpkernels.spec import TritonKernel
 
 # (BLOCK_O, BLOCK_T, BLOCK_C, warps, stages) by kernel and bytes of an element; fewer channels take smaller blocks.
-# Chosen by registers: an accumulator of 128 x 128 is 64 registers a thread of 8 warps; products of float32 are made by
-# fused multiply-adds of numbers that threads hold, so their tiles are smaller. What kernels_to_compile names spills
-# nothing. No GPU has measured them yet.
+# Chosen by registers: an accumulator of 64 x 128 is 32 registers a thread of 8 warps, and a repair holds two; products
+# of float32 are made by fused multiply-adds of numbers that threads hold, so their tiles are shallow. What
+# kernels_to_compile names spills nothing. No GPU has measured them yet.
 _BLOCKS = {
-    ("taps", 2): (128, 64, 64, 8, 3),
-    ("taps", 4): (64, 64, 16, 4, 2),
+    ("taps", 2): (64, 128, 32, 8, 3),
+    ("taps", 4): (128, 64, 16, 8, 2),
     ("taps", 8): (32, 32, 16, 4, 1),
     ("weight", 2): (128, 32, 64, 4, 3),
     ("weight", 4): (64, 16, 64, 8, 2),
@@ -50,9 +50,9 @@ def blocks_of(kernel: str, element_size: int, outputs: int, inputs: int) -> tupl
     """The blocks of a kernel, and its launch options."""
     block_o, block_t, block_c, warps, stages = _BLOCKS[kernel, element_size]
     if library.triton_interpreted():
-        block_o, block_t, block_c = _INTERPRETED, 2 * _INTERPRETED, _INTERPRETED
+        block_o, block_t, block_c = 2 * _INTERPRETED, 4 * _INTERPRETED, _INTERPRETED
     block_o, block_c = min(block_o, padded(outputs)), min(block_c, padded(inputs))
-    if block_o < 64 or block_c < 32:
+    if block_o < 64:
         warps = min(warps, 4)
     return {"BLOCK_O": block_o, "BLOCK_T": block_t, "BLOCK_C": block_c}, {"num_warps": warps, "num_stages": stages}
 
@@ -166,23 +166,25 @@ def _pieces(units: int, programs: int) -> tuple[int, int]:
 
 def _add_pieces(workspace: Tensor, out: Tensor, taps: int, scale: float) -> None:
     """The sums of a workspace (pieces, taps, ...) to a contiguous ``out`` (..., taps)."""
+    block = 4096 if library.triton_interpreted() else _PIECES_BLOCK
     launch(
         kernels.dilated_conv1d_pieces,
         out,
-        cut(out.numel(), _PIECES_BLOCK),
+        cut(out.numel(), block),
         workspace,
         out,
         out.numel(),
         taps,
         workspace.shape[0],
         *parts(scale),
-        BLOCK=_PIECES_BLOCK,
+        BLOCK=block,
         COMPUTE=compute_type(out.dtype),
     )
 
 
-def _wide(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+def wide(like: Tensor, *shape: int) -> Tensor:
+    """An empty tensor of the type that sums run in; of shape (0,) if none is given."""
+    return like.new_empty(shape or (0,), dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
 def weight_gradient(
@@ -202,7 +204,7 @@ def weight_gradient(
     blocks, options = blocks_of("weight", source.element_size(), outputs, inputs)
     programs = cut(outputs, blocks["BLOCK_O"]) * cut(inputs, blocks["BLOCK_C"]) * taps * groups
     pieces, each = _pieces(batch * cut(length, blocks["BLOCK_T"]), programs)
-    workspace = _wide(source, pieces, taps, total, inputs)
+    workspace = wide(source, pieces, taps, total, inputs)
     launch(
         kernels.dilated_conv1d_weight,
         source,
@@ -237,11 +239,11 @@ def channel_sums(grad: Tensor, out: Tensor, segments: int = 1, scale: float = 1.
     batch, channels, length = grad.shape
     block_o, block_t = _SUM_BLOCKS
     if library.triton_interpreted():
-        block_t = 2 * _INTERPRETED
+        block_t = 4 * _INTERPRETED
     batches = batch // max(segments, 1)
     programs = cut(channels, block_o) * segments
     pieces, each = _pieces(batches * cut(length, block_t), programs)
-    workspace = _wide(grad, pieces, segments, channels)
+    workspace = wide(grad, pieces, segments, channels)
     launch(
         kernels.dilated_conv1d_channel,
         grad,
@@ -398,7 +400,21 @@ def specialised(
     floats = ("scale", "scale_rest")
     kinds = {name: f"*{dtype}" for name, dtype in pointers.items()} | dict.fromkeys(floats, "fp32")
     kinds |= dict.fromkeys(constexprs, "constexpr")
-    multiples = ("_batch", "_channel", "_position", "_group", "_out", "_in", "_tap", "_first", "inputs", "outputs")
+    multiples = (
+        "_batch",
+        "_channel",
+        "_position",
+        "_group",
+        "_out",
+        "_in",
+        "_tap",
+        "_first",
+        "inputs",
+        "outputs",
+        "pairs",
+        "conditions",
+        "rows",
+    )
     return TritonKernel(
         name=f"{function.fn.__name__}[{words}]",
         function=function,

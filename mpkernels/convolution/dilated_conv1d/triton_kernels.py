@@ -35,24 +35,20 @@ import triton.language as tl
 
 
 @triton.jit
-def taps_below(bound, dilation, taps):
-    """How many taps k have k dilation < bound."""
-    return tl.minimum((tl.maximum(bound, 0) + dilation - 1) // dilation, taps)
-
-
-@triton.jit
 def tap_ranges(start, stop, low, length, left, dilation, taps):
     """Taps of the outputs [start, stop) of a source [0, length) after what came before in [low, 0).
 
     Returns (first, now, last, ragged): those in [first, last) read something, those in [now, last) nothing that came
     before; and whether one of them reads outside for some outputs and inside for others.
     """
-    first = taps_below(low + left - stop + 1, dilation, taps)
-    last = tl.maximum(taps_below(length + left - start, dilation, taps), first)
-    now = tl.minimum(tl.maximum(taps_below(left - start, dilation, taps), first), last)
-    left_of_all = taps_below(low + left - start, dilation, taps)
-    right_of_none = taps_below(length + left - stop + 1, dilation, taps)
-    return first, now, last, (left_of_all > first) | (right_of_none < last)
+    before_any = tl.maximum(low + left - stop + 1, 0)  # as many positions that a tap lies before an output
+    before_all = tl.maximum(low + left - start, 0)
+    up = dilation - 1
+    first = tl.minimum((before_any + up) // dilation, taps)
+    last = tl.maximum(tl.minimum((tl.maximum(length + left - start, 0) + up) // dilation, taps), first)
+    now = tl.minimum(tl.maximum((tl.maximum(left - start, 0) + up) // dilation, first), last)
+    within = (tl.maximum(length + left - stop + 1, 0) + up) // dilation  # taps that no output reads past the end
+    return first, now, last, ((before_all + up) // dilation > first) & (first < last) | (within < last)
 
 
 @triton.jit
@@ -65,14 +61,6 @@ def not_finite(tile):
 def repair(acc, exact):
     """What the products of tiles found, except where it is not finite: there what was found without zeros outside."""
     return tl.where(acc * 0.0 == 0.0, acc, exact)
-
-
-@triton.jit
-def next_block(batch, start, length, BLOCK_T: tl.constexpr):
-    """The block of positions after one, in the next sequence where this one ends."""
-    start += BLOCK_T
-    ends = start >= length
-    return tl.where(ends, batch + 1, batch), tl.where(ends, 0, start)
 
 
 @triton.jit
@@ -98,13 +86,6 @@ def read_tile(
 
 
 @triton.jit
-def load_weights(weight, tap, row, column, strides, rows, columns):
-    """(., .) weights of a tap, 0 past the last row and column."""
-    at = weight + tap.to(tl.int64) * strides[5] + row * strides[3] + column * strides[4]
-    return tl.load(at, mask=(row < rows) & (column < columns), other=0.0)
-
-
-@triton.jit
 def _sum_taps(
     acc,
     first,  # taps [first, last)
@@ -127,7 +108,8 @@ def _sum_taps(
         tap = step // blocks
         column = ((step - tap * blocks) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
         read = position + tap * dilation
-        w = load_weights(weight, tap, row, column[None, :], strides, outputs, inputs)
+        at = weight + tap.to(tl.int64) * strides[5] + row * strides[3] + column[None, :] * strides[4]
+        w = tl.load(at, mask=(row < outputs) & (column < inputs)[None, :], other=0.0)
         exists = (column < inputs)[:, None]
         x = read_tile(source, history, column[:, None], exists, read, strides, length, past, HAS_HISTORY)
         acc = tl.dot(w, x, acc, input_precision="ieee", out_dtype=COMPUTE)
@@ -159,7 +141,8 @@ def sum_exactly(
         tap = step // channels
         channel = (step - tap * channels).to(tl.int64)
         read = position + tap * dilation
-        w = load_weights(weight, tap, row, channel, strides, outputs, inputs).to(COMPUTE)
+        at = weight + tap.to(tl.int64) * strides[5] + row * strides[3] + channel * strides[4]
+        w = tl.load(at, mask=row < outputs, other=0.0).to(COMPUTE)
         exists = read == read
         x = read_tile(source, history, channel, exists, read, strides, length, past, HAS_HISTORY).to(COMPUTE)
         acc = tl.where((read >= low) & (read < length), acc + w * x, acc)
@@ -218,7 +201,7 @@ def dilated_conv1d_taps(
 ):
     """Outputs of BLOCK_O channels of a group at BLOCK_T positions of [begin, end)."""
     program = tl.program_id(0).to(tl.int64)
-    zero = tl.zeros((), tl.int64)  # makes a number of what comes as a constant, because it is 1
+    zero = tl.full((), 0, tl.int64)  # makes a number of what comes as a constant, because it is 1
     begin, end, length, past, left = zero + begin, zero + end, zero + length, zero + past, zero + left
     dilation, taps, inputs, outputs = zero + dilation, zero + taps, zero + inputs, zero + outputs
     blocks_o = (outputs + BLOCK_O - 1) // BLOCK_O
@@ -243,7 +226,7 @@ def dilated_conv1d_taps(
     strides = (source_channel, source_position, history_channel, weight_out, weight_in, weight_tap)
     sizes = (length, past, dilation, inputs, outputs)
     at = position - left
-    acc = tl.zeros((BLOCK_O, BLOCK_T), COMPUTE)
+    acc = tl.full((BLOCK_O, BLOCK_T), 0.0, COMPUTE)
     if HAS_HISTORY:
         acc = _sum_taps(acc, first, now, source, history, weight, row, at, strides, sizes, True, BLOCK_C, COMPUTE)
         first_now = now
@@ -252,7 +235,7 @@ def dilated_conv1d_taps(
     acc = _sum_taps(acc, first_now, last, source, history, weight, row, at, strides, sizes, False, BLOCK_C, COMPUTE)
     if ragged:  # noqa: SIM102 (the second question costs a reduction)
         if not_finite(acc):
-            exact = tl.zeros((BLOCK_O, BLOCK_T), COMPUTE)
+            exact = tl.full((BLOCK_O, BLOCK_T), 0.0, COMPUTE)
             exact = sum_exactly(
                 exact, first, last, source, history, weight, row, at, strides, sizes, HAS_HISTORY, COMPUTE
             )
@@ -266,10 +249,10 @@ def dilated_conv1d_taps(
         at_added = added + batch * added_batch + channel * added_channel + position * added_position
         more = tl.load(at_added, mask=here & (position >= 0), other=0.0).to(COMPUTE)
         if SCALE == "added":
-            more *= tl.zeros((), COMPUTE) + scale + scale_rest
+            more *= tl.full((), 0, COMPUTE) + scale + scale_rest
         acc += more
     if SCALE == "sum":
-        acc *= tl.zeros((), COMPUTE) + scale + scale_rest
+        acc *= tl.full((), 0, COMPUTE) + scale + scale_rest
     if HAS_OUT:
         at_out = out + batch * out_batch + channel * out_channel + position * out_position
         tl.store(at_out, acc.to(out.dtype.element_ty), mask=here & (position >= 0))
@@ -310,7 +293,7 @@ def dilated_conv1d_weight(
 ):
     """The sums over one piece of the positions, of BLOCK_O x BLOCK_C weights of a tap."""
     program = tl.program_id(0).to(tl.int64)
-    zero = tl.zeros((), tl.int64)
+    zero = tl.full((), 0, tl.int64)
     length, past, left, taps = zero + length, zero + past, zero + left, zero + taps
     inputs, outputs = zero + inputs, zero + outputs
     blocks_o = (outputs + BLOCK_O - 1) // BLOCK_O
@@ -337,7 +320,7 @@ def dilated_conv1d_weight(
     source += group * inputs * source_channel
     if HAS_HISTORY:
         history += group * inputs * history_channel
-    acc = tl.zeros((BLOCK_O, BLOCK_C), COMPUTE)
+    acc = tl.full((BLOCK_O, BLOCK_C), 0.0, COMPUTE)
     first = piece * units_a_piece
     batch = first // blocks_t
     start = (first - batch * blocks_t) * BLOCK_T
@@ -362,7 +345,10 @@ def dilated_conv1d_weight(
             HAS_HISTORY,
         )
         acc = tl.dot(g, x, acc, input_precision="ieee", out_dtype=COMPUTE)
-        batch, start = next_block(batch, start, length, BLOCK_T)
+        start += BLOCK_T
+        ends = start >= length
+        batch = tl.where(ends, batch + 1, batch)
+        start = tl.where(ends, 0, start)
     at = workspace + ((piece * taps + tap) * groups * outputs + group * outputs + row) * inputs + column
     tl.store(at, acc, mask=(row < outputs) & (column < inputs))
 
@@ -385,7 +371,7 @@ def dilated_conv1d_channel(
 ):
     """The sums over one piece of the positions of a segment, of BLOCK_O channels."""
     program = tl.program_id(0).to(tl.int64)
-    zero = tl.zeros((), tl.int64)
+    zero = tl.full((), 0, tl.int64)
     length, channels, segments = zero + length, zero + channels, zero + segments
     blocks_o = (channels + BLOCK_O - 1) // BLOCK_O
     blocks_t = (length + BLOCK_T - 1) // BLOCK_T
@@ -393,7 +379,7 @@ def dilated_conv1d_channel(
     program = program // blocks_o
     segment = program % segments
     piece = program // segments
-    acc = tl.zeros((BLOCK_O, BLOCK_T), COMPUTE)
+    acc = tl.full((BLOCK_O, BLOCK_T), 0.0, COMPUTE)
     first = piece * units_a_piece
     batch = first // blocks_t
     start = (first - batch * blocks_t) * BLOCK_T
@@ -402,7 +388,10 @@ def dilated_conv1d_channel(
         at = grad + (segment * batches + batch) * grad_batch
         at = at + row[:, None] * grad_channel + position[None, :] * grad_position
         acc += tl.load(at, mask=(row < channels)[:, None] & (position < length)[None, :], other=0.0).to(COMPUTE)
-        batch, start = next_block(batch, start, length, BLOCK_T)
+        start += BLOCK_T
+        ends = start >= length
+        batch = tl.where(ends, batch + 1, batch)
+        start = tl.where(ends, 0, start)
     at_sum = workspace + (piece * segments + segment) * channels + row
     tl.store(at_sum, tl.sum(acc, axis=1), mask=row < channels)
 
@@ -421,12 +410,12 @@ def dilated_conv1d_pieces(
 ):
     """Writes scale times the sums of all pieces, in their order; the taps become the last dimension."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    zero = tl.zeros((), tl.int64)
+    zero = tl.full((), 0, tl.int64)
     numel, taps = zero + numel, zero + taps
-    acc = tl.zeros((BLOCK,), COMPUTE)
+    acc = tl.full((BLOCK,), 0.0, COMPUTE)
     for piece in range(0, pieces):
         acc += tl.load(workspace + piece * numel + at, mask=at < numel, other=0.0)
-    acc *= tl.zeros((), COMPUTE) + scale + scale_rest
+    acc *= tl.full((), 0, COMPUTE) + scale + scale_rest
     each = numel // taps
     tap = at // each
     tl.store(out + (at - tap * each) * taps + tap, acc.to(out.dtype.element_ty), mask=at < numel)

@@ -268,7 +268,8 @@ class _LayerForwardMode(_Layer):
         present = [i for i in range(_TENSORS) if inputs[i] is not None]
 
         def gradient(grad_residual, grad_skip):
-            found = derivative.layer_gradient(grad_residual, grad_skip, *inputs, *ctx.settings, ctx.backend)
+            given = [grad_residual, grad_skip, *inputs, *ctx.settings, ctx.backend]
+            found = derivative.layer_gradient(*given)
             return tuple(found[i] for i in present)
 
         # the gradient is linear in the gradients of the outputs: its transpose is the derivative in a direction

@@ -196,9 +196,7 @@ def depthwise_conv1d_update(
     if state.dim() != 3 or state.shape[1] != channels or (state_indices is None and state.shape[0] != batch):
         raise ValueError(f"state: expected shape {(rows, channels, 'S')}, got {tuple(state.shape)}")
     if state.shape[2] < left:
-        raise ValueError(
-            f"state: expected at least {left} positions, (K - 1) dilation, got shape {tuple(state.shape)}"
-        )
+        raise ValueError(f"state: expected at least {left} positions, (K - 1) dilation, got shape {tuple(state.shape)}")
     for name, value in (("cache_seqlens", cache_seqlens), ("state_indices", state_indices)):
         if value is not None:
             _check_integers(name, value, x, (batch,), "(B,)")
@@ -269,7 +267,7 @@ def _readable(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.numel() > 0
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_batchedtensor(x)
+        and not torch._C._are_functorch_transforms_active()
     )
 
 

@@ -29,9 +29,7 @@ def depthwise_gradient(
     past = x.new_zeros((*x.shape[:2], left)) if state is None else state
     xs = torch.cat([past, x], -1).to(wide)
     exists = _existing(x, taps, dilation, state is not None, seq_idx)
-    shifted = [
-        torch.where(e, xs[:, :, k * dilation : k * dilation + length], 0.0) for k, e in zip(range(taps), exists)
-    ]
+    shifted = [torch.where(e, xs[:, :, k * dilation : k * dilation + length], 0.0) for k, e in zip(range(taps), exists)]
 
     u = grad.to(wide)
     if silu:

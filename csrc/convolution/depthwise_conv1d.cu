@@ -1,5 +1,5 @@
-// The launcher of the depthwise convolution: for mpkernels on CUDA tensors, or, compiled as C++, for mpkernels_fibres on
-// the CPU. Arguments: mpkernels/convolution/depthwise_conv1d/schema.py.
+// The launcher of the depthwise convolution: for mpkernels on CUDA tensors, or, compiled as C++, for mpkernels_fibres
+// on the CPU. Arguments: mpkernels/convolution/depthwise_conv1d/schema.py.
 #include "common/device.h"
 #include "convolution/depthwise_conv1d.cuh"
 #include "convolution/depthwise_conv1d_backward.cuh"

@@ -4,8 +4,8 @@
 //
 // Forward, where K is 2, 3 or 4, dilation 1, and rows are aligned: 16 bytes a load, and a thread keeps what its taps
 // share in registers. Channels first (forward_rows_kernel), it has a pack of positions and reads the pack in front
-// again, from the L1 cache; channels last (forward_columns_kernel), a pack of channels at 8 positions one after another.
-// Else (any K, dilation, sequences) forward_kernel: a thread an output, in the order of memory.
+// again, from the L1 cache; channels last (forward_columns_kernel), a pack of channels at 8 positions one after
+// another. Else (any K, dilation, sequences) forward_kernel: a thread an output, in the order of memory.
 //
 // Backward (depthwise_conv1d_backward.cuh): blocks of positions and channels. Update: a thread a channel of a row.
 //
@@ -183,7 +183,7 @@ __global__ void forward_rows_kernel(Problem<S> in,
 // K of 2, 3 or 4, dilation 1, C a multiple of a pack, no sequences.
 template <typename S, int K>
 __global__ void forward_columns_kernel(Problem<S> in,
-                                       S* out,          // (B, T, C)
+                                       S* out,           // (B, T, C)
                                        int64_t tasks) {  // B ceil(T / positions_a_thread) C / E
   using T = Compute<S>;
   constexpr int E = pack_size<S>;

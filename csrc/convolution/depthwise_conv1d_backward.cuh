@@ -14,7 +14,7 @@ namespace depthwise_conv1d {
 
 template <int Width>
 constexpr int tile_elements = Width == 1 ? 1024 : 2048;
-constexpr int last_width = 32;              // channels of a block, channels last
+constexpr int last_width = 32;                 // channels of a block, channels last
 constexpr int64_t most_reach_elements = 4096;  // in shared memory
 
 template <typename S>

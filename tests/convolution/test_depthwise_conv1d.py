@@ -37,14 +37,14 @@ class DepthwiseProperties(OpProperties):
 
     def same(self, a, b):
         """Bit for bit on the CPU; elsewhere up to how a compiler fuses, or torch vectorises."""
-        exact = {"rtol": 0.0, "atol": 0.0} if self.backend == "cpu" else {}
+        exact: dict[str, Any] = {"rtol": 0.0, "atol": 0.0} if self.backend == "cpu" else {}
         torch.testing.assert_close(a, b, **exact)
 
     def run(self, x, weight, bias=None, **arguments) -> Any:
-        def move(x):
+        def move(x) -> Any:
             return x.to(self.device) if isinstance(x, torch.Tensor) else x
 
-        moved = {name: move(x) for name, x in arguments.items()}
+        moved: dict[str, Any] = {name: move(x) for name, x in arguments.items()}
         return depthwise_conv1d(move(x), move(weight), move(bias), backend=self.backend, **moved)
 
     @pytest.mark.parametrize("order", [torch.clone, last])
@@ -74,8 +74,8 @@ class DepthwiseProperties(OpProperties):
     def test_sequences_in_a_row_are_sequences_alone(self, order):
         x, weight, bias = normal(1, 18, 40), normal(18, 4, seed=1), normal(18, seed=2)
         lengths = (3, 1, 20, 9)
-        numbers = [[5 * i] * n for i, n in enumerate(lengths)] + [[-1] * 7]
-        seq_idx = torch.tensor([sum(numbers, [])], dtype=torch.int32)
+        numbers = [5 * i for i, n in enumerate(lengths) for _ in range(n)] + [-1] * 7
+        seq_idx = torch.tensor([numbers], dtype=torch.int32)
         together = self.run(order(x), weight, bias, seq_idx=seq_idx, activation="silu").cpu()
         first = 0
         for n in lengths:
@@ -222,7 +222,7 @@ class UpdateProperties(OpProperties):
             out = self.step(piece, state, weight, bias, dilation=dilation, activation="silu", cache_seqlens=known)
             steps.append(out.reshape(2, 21, count))
             first += count
-        exact = {"rtol": 0.0, "atol": 0.0} if self.backend == "cpu" else {}
+        exact: dict[str, Any] = {"rtol": 0.0, "atol": 0.0} if self.backend == "cpu" else {}
         torch.testing.assert_close(torch.cat(steps, -1), whole, **exact)
 
     def test_skipped_rows_are_left_alone(self):
@@ -236,7 +236,7 @@ class UpdateProperties(OpProperties):
         assert torch.equal(state[[2, 0], :, :2], before[[2, 0], :, 1:])
         assert torch.equal(state[[2, 0], :, 2], x[[0, 2]])
 
-    def test_compiles_whole(self):
+    def test_a_step_compiles_whole(self):
         if self.backend in ("reference", "fibres"):
             return
         x, weight = normal(2, 5).to(self.device), normal(5, 4, seed=2).to(self.device)

@@ -72,11 +72,11 @@ def depthwise_conv1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal convolution over time of each channel by itself, with SiLU and sequence boundaries in the same pass.
 
-    y[b, c, t] = bias[c] + sum_k weight[c, k] x[b, c, t - (K - 1 - k) dilation], and out = y, or y / (1 + e^-y): the short
-    convolution of state space models (Gu and Dao 2023, "Mamba", fig. 3; H3, Fu et al. 2023) and, dilated, a depthwise
-    layer of WaveNet's kind. Inputs in front of x come from ``initial_state``, or count as nothing. No padded copy of x
-    is made, in either memory order. A sequence may be cut anywhere, with the same bits on the CPU. Gradients of any
-    order to x, weight, bias and initial_state, the same bits in every run.
+    y[b, c, t] = bias[c] + sum_k weight[c, k] x[b, c, t - (K - 1 - k) dilation], and out = y, or y / (1 + e^-y): the
+    short convolution of state space models (Gu and Dao 2023, "Mamba", fig. 3; H3, Fu et al. 2023) and, dilated, a
+    depthwise layer of WaveNet's kind. Inputs in front of x come from ``initial_state``, or count as nothing. No padded
+    copy of x is made, in either memory order. A sequence may be cut anywhere, with the same bits on the CPU. Gradients
+    of any order to x, weight, bias and initial_state, the same bits in every run.
 
     Args:
         x: (B, C, T), contiguous in T or (as the transpose of (B, T, C)) in C; anything else is copied first. float32,
@@ -116,7 +116,7 @@ def depthwise_conv1d(
         True
     """
     left, weight, bias = _checked(x, weight, bias, dilation, activation)
-    batch, channels, length = x.shape
+    batch, channels, _ = x.shape
     if initial_state is not None:
         checks.same_kind("initial_state", initial_state, "x", x)
         checks.shape("initial_state", initial_state, (batch, channels, left), "(B, C, (K - 1) dilation)")
@@ -234,6 +234,8 @@ def _checked(
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None and name == "bias":
             continue
+        checks.tensor(name, value)
+        assert value is not None
         checks.floating(name, value)
         if value.dtype not in (x.dtype, wide):
             raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, or {wide}, got {value.dtype}")

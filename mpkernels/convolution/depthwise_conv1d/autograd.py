@@ -34,7 +34,7 @@ def _pick(function):
 
 
 def layout(x: Tensor) -> tuple[Tensor, bool]:
-    """x as the kernels read it, and whether its channels lie side by side."""
+    """Inputs as the kernels read them, and whether their channels lie side by side."""
     if x.stride(2) == 1 and not (x.shape[2] == 1 and x.stride(1) == 1):
         return x, False
     if x.stride(1) == 1:
@@ -243,7 +243,7 @@ class _DepthwiseBackwardForwardMode(_DepthwiseBackward):
         _, forwards = _vjp(lambda *g: transpose(g), [torch.zeros_like(x) for x in found])
         result = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.output_like]
         for i, x in zip(kept, forwards(tuple(tangents[i] for i in wanted)), strict=True):
-            result[i] = _in_order(x, layout(ctx.saved_tensors[1])[1]) if x.dim() == 3 else x
+            result[i] = _in_order(x, layout(ctx.saved_tensors[1])[1]) if x.dim() == 3 else x  # pyright: ignore
         return tuple(result)
 
 

@@ -45,7 +45,7 @@ def _depthwise(
             arguments["initial_state"] = ordered(normal(batch, channels, left).to(device, dtype))
         if sequences is not None:
             rows = [
-                sum(([7 * i] * n for i, n in enumerate(lengths)), []) + [-1] * (length - sum(lengths))
+                [7 * i for i, n in enumerate(lengths) for _ in range(n)] + [-1] * (length - sum(lengths))
                 for lengths in sequences
             ]
             arguments["seq_idx"] = torch.tensor(rows, dtype=torch.int32, device=device).reshape(batch, length)
@@ -92,7 +92,7 @@ def _eager(
     if not return_state:
         return (y,)
     state = padded[:, :, padded.shape[2] - left :]
-    if owner is not None:
+    if owner is not None and seq_idx is not None:
         owner = owner[:, owner.shape[1] - left :]
         state = torch.where(((owner == seq_idx[:, -1:]) & (owner >= 0))[:, None], state, 0.0)
     return y, state
@@ -112,7 +112,7 @@ def _changed(**changes):
     )
 
 
-def _numbers(rows: list[list[int]], dtype: torch.dtype = torch.int32):
+def _numbers(rows: list, dtype: torch.dtype = torch.int32):
     return lambda device: torch.tensor(rows, dtype=dtype, device=device)
 
 
@@ -211,7 +211,8 @@ def _update(**arguments) -> tuple[Tensor, ...]:
     state = arguments["state"]
     if isinstance(state, Tensor):
         state = torch.empty_strided(state.shape, state.stride(), dtype=state.dtype, device=state.device).copy_(state)
-    return api.depthwise_conv1d_update(**(arguments | {"state": state})), state
+    changed: Arguments = arguments | {"state": state}
+    return api.depthwise_conv1d_update(**changed), state
 
 
 def _eager_update(
@@ -325,7 +326,7 @@ SPECS = (
                 _changed_step(state_indices=_numbers([0, 1], torch.int64)),
                 TypeError,
                 "state_indices.*int32",
-            ),  # pyright: ignore
+            ),
             BadInput(
                 "a gradient",
                 _changed_step(weight=lambda d: torch.zeros(3, 4, device=d).requires_grad_()),

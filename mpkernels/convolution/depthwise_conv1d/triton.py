@@ -21,10 +21,10 @@ _MOST_RECOMPUTED_TAPS = 4
 
 
 def _tile(channels_last: bool, backward: bool) -> tuple[int, int]:
-    """(BLOCK_C, BLOCK_T): 16 or 8 elements a thread, at least 128 bytes side by side in the memory order."""
+    """(BLOCK_C, BLOCK_T): 8 elements a thread, 4 backward (more spill), and 128 bytes or more side by side."""
     if channels_last:
-        return (64, 16) if backward else (64, 32)
-    return (1, 1024) if backward else (1, 2048)
+        return (64, 8) if backward else (64, 16)
+    return (1, 512) if backward else (1, 1024)
 
 
 def _blocks(count: int, size: int) -> int:
@@ -100,7 +100,7 @@ def forward(
 ) -> Tensor:
     """The op ``depthwise_conv1d`` of schema.py."""
     problem = _Problem(x, weight, bias, state, seq_idx, dilation, channels_last)
-    out = new_sequences(x, *x.shape, channels_last)
+    out = new_sequences(x, problem.batch, problem.channels, problem.length, channels_last)
     problem.launch(kernels.depthwise_forward, (out,), problem.order(problem.length), problem.length, SILU=silu)
     return out
 
@@ -126,13 +126,13 @@ def backward(
     left, taps = problem.left, problem.taps
     grad = grad_out
     if silu and taps > _MOST_RECOMPUTED_TAPS:
-        grad = new_sequences(weight, *x.shape, channels_last)
+        grad = new_sequences(weight, batch, channels, length, channels_last)
         problem.launch(
             kernels.depthwise_gradient_of_y, (grad,), problem.order(length), length, grad=grad_out, backward=True
         )
         silu = False
     sums = needs_weight or needs_bias
-    of_x = new_sequences(x, *x.shape, channels_last) if needs_x else x.new_empty((0,))
+    of_x = new_sequences(x, batch, channels, length, channels_last) if needs_x else x.new_empty((0,))
     parts = weight.new_empty((batch * problem.blocks(length, True)[1] if sums else 0, taps + 1, channels))
     if needs_x or sums:
         problem.launch(

@@ -31,7 +31,7 @@ def _place(channels, length, blocks_c, blocks_t, BLOCK_C: tl.constexpr, BLOCK_T:
 @triton.jit
 def _tap(x, state, seq_idx, x_batch, x_channel, x_time, b, c, t, back, inside, length, left, channels,
          CHANNELS_LAST: tl.constexpr, HAS_STATE: tl.constexpr, HAS_SEQ: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
-    """What outputs t read `back` positions before them, 0 where nothing; and whether they do. ``inside``: of outputs."""
+    """What the outputs t that are inside read `back` positions before them, 0 where nothing; and whether they do."""
     p = t - back
     exists = inside
     if HAS_SEQ:
@@ -58,7 +58,7 @@ def _tap(x, state, seq_idx, x_batch, x_channel, x_time, b, c, t, back, inside, l
 def _y(x, weight, bias, state, seq_idx, x_batch, x_channel, x_time, b, c, t, inside, length, left, channels,
        dilation, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
        HAS_SEQ: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
-    """y at the outputs t; anything where they are not inside."""
+    """The sums at the outputs t, before silu; anything where they are not inside."""
     total = tl.zeros(inside.shape, TYPE)
     for k in range(TAPS):
         value, exists = _tap(

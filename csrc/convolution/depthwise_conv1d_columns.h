@@ -1,8 +1,8 @@
 // Depthwise convolution with channels last: a vector holds neighbouring channels at one position.
 //
-// Decomposition: threads take pieces of positions; backward, of a block of channels too, so that the gradients of y of a
-// piece stay in the cache. Four positions that have all their taps go through together, which reads their weights once;
-// for the others (the first `left`, rows with sequences) the taps that exist are listed, and the list is summed.
+// Decomposition: threads take pieces of positions; backward, of a block of channels too, so that the gradients of y of
+// a piece stay in the cache. Four positions that have all their taps go through together, which reads their weights
+// once; for the others (the first `left`, rows with sequences) the taps that exist are listed, and the list is summed.
 #pragma once
 
 #include "convolution/depthwise_conv1d.h"
@@ -75,7 +75,8 @@ void forward_listed(const Source<S>* sources, int64_t count, const ByTap<Compute
   constexpr int64_t L = lanes<T>;
   for (int64_t c = 0; c < channels; c += L) {
     const int64_t width = std::min(L, channels - c);
-    store_first<S>(out + c, activation<T>(sum_of<S>(sources, count, weights.at(c), weights.taps, c, width), silu), width);
+    store_first<S>(out + c, activation<T>(sum_of<S>(sources, count, weights.at(c), weights.taps, c, width), silu),
+                   width);
   }
 }
 
@@ -264,7 +265,7 @@ struct Block {
     for (int64_t t = begin; t < stop;) {
       const bool inside = t < end;
       if (all_taps(in, t, inside ? end : stop)) {
-        inside && counted ? several_outputs<true>(t) : several_outputs<false>(t);
+        inside&& counted ? several_outputs<true>(t) : several_outputs<false>(t);
         t += together;
       } else {
         listed_output(t, inside && counted);

@@ -129,21 +129,23 @@ void multiply_panel(const S* w, int64_t width, const T* const* x, T* const* to, 
   multiply_blocks<ROWS, 1, S>(w, width, from, x, to, offset, depth, accumulate);
 }
 
-// The product of a packed matrix and `count` rows.
+// Depths [from, from + depth) of a packed matrix that has `whole` of them, times `count` rows.
 template <typename S, typename T = Compute<S>>
-void multiply(const S* w, int64_t outputs, int64_t depth, const Rows<T>& rows, int64_t count, bool accumulate) {
+void multiply(const S* w, int64_t outputs, int64_t from, int64_t depth, int64_t whole, const Rows<T>& rows,
+              int64_t count, bool accumulate) {
   for (int64_t offset = 0; offset < outputs; offset += panel_outputs) {
     const int64_t width = std::min(panel_outputs, padded(outputs) - offset);
+    const S* panel = w + from * width;
     int64_t r = 0;
     for (; r + 4 <= count; r += 4) {
-      multiply_panel<4, S>(w, width, rows.x + r, rows.sums + r, offset, depth, accumulate);
+      multiply_panel<4, S>(panel, width, rows.x + r, rows.sums + r, offset, depth, accumulate);
     }
     if (count - r >= 2) {
-      multiply_panel<2, S>(w, width, rows.x + r, rows.sums + r, offset, depth, accumulate);
+      multiply_panel<2, S>(panel, width, rows.x + r, rows.sums + r, offset, depth, accumulate);
       r += 2;
     }
-    if (count > r) multiply_panel<1, S>(w, width, rows.x + r, rows.sums + r, offset, depth, accumulate);
-    w += width * depth;
+    if (count > r) multiply_panel<1, S>(panel, width, rows.x + r, rows.sums + r, offset, depth, accumulate);
+    w += width * whole;
   }
 }
 
@@ -286,7 +288,7 @@ class Group {
   void multiply_past(int64_t i, int64_t step, int64_t ring, T* z) {
     const Shape& shape = in_.shape;
     const int64_t dilation = in_.dilations[i], left = (shape.taps - 1) * dilation;
-    const int64_t positions = std::min(at_once(i), in_.length - step), panel = shape.residual;
+    const int64_t positions = std::min(at_once(i), in_.length - step), channels = shape.residual;
     for (int64_t k = 0; k < shape.taps - 1; ++k) {
       int64_t count = 0;
       for (int64_t s = 0; s < positions; ++s) {
@@ -295,27 +297,8 @@ class Group {
           rows_.sums[count] = z + count * z_stride_;
         }
       }
-      multiply_tap(in_.weights + shape.past_at(i), k, panel, count);
-    }
-  }
-
-  // Tap k of the (K - 1) R inputs that a matrix of the past takes.
-  void multiply_tap(const S* w, int64_t k, int64_t depth, int64_t count) {
-    const int64_t outputs = padded(2 * in_.shape.gates), whole = (in_.shape.taps - 1) * depth;
-    for (int64_t offset = 0; offset < outputs; offset += panel_outputs) {
-      const int64_t width = std::min(panel_outputs, outputs - offset);
-      Rows<T>& rows = rows_;
-      int64_t r = 0;
-      const S* from = w + k * depth * width;
-      for (; r + 4 <= count; r += 4) {
-        multiply_panel<4, S>(from, width, rows.x + r, rows.sums + r, offset, depth, k > 0);
-      }
-      if (count - r >= 2) {
-        multiply_panel<2, S>(from, width, rows.x + r, rows.sums + r, offset, depth, k > 0);
-        r += 2;
-      }
-      if (count > r) multiply_panel<1, S>(from, width, rows.x + r, rows.sums + r, offset, depth, k > 0);
-      w += width * whole;
+      multiply<S>(in_.weights + shape.past_at(i), 2 * shape.gates, k * channels, channels, (shape.taps - 1) * channels,
+                  rows_, count, k > 0);
     }
   }
 
@@ -330,12 +313,12 @@ class Group {
     const Shape& shape = in_.shape;
     const S* weights = in_.weights + shape.layer_at(i);
     each(x_, x_stride_, z, z_stride_);
-    multiply<S>(weights, 2 * shape.gates, shape.residual, rows_, count_, left > 0);
+    multiply<S>(weights, 2 * shape.gates, 0, shape.residual, shape.residual, rows_, count_, left > 0);
     weights += shape.newest_size();
     if (shape.condition > 0) {
       const T* condition = in_.condition + (first_ * in_.length + step) * shape.condition;
       each(condition, in_.length * shape.condition, z, z_stride_);
-      multiply<S>(weights, 2 * shape.gates, shape.condition, rows_, count_, true);
+      multiply<S>(weights, 2 * shape.gates, 0, shape.condition, shape.condition, rows_, count_, true);
       weights += shape.condition_size();
     }
     for (int64_t b = 0; b < count_; ++b) {
@@ -349,7 +332,7 @@ class Group {
       }
     }
     each(h_, h_stride_, y_, y_stride_);
-    multiply<S>(weights, shape.projected(i), shape.gates, rows_, count_, false);
+    multiply<S>(weights, shape.projected(i), 0, shape.gates, shape.gates, rows_, count_, false);
 
     const T* bias = in_.biases + shape.projection_bias_at(i);
     const int64_t channels = i + 1 < shape.layers ? shape.residual : 0;
@@ -382,7 +365,7 @@ class Group {
       }
     }
     each(skip_, skip_stride_, y_, y_stride_);
-    multiply<S>(in_.weights + shape.hidden_at(), shape.hidden, shape.skip, rows_, count_, false);
+    multiply<S>(in_.weights + shape.hidden_at(), shape.hidden, 0, shape.skip, shape.skip, rows_, count_, false);
     for (int64_t b = 0; b < count_; ++b) {
       for (int64_t c = 0; c < shape.hidden; c += lanes<T>) {
         const Vector<T> x =
@@ -391,7 +374,7 @@ class Group {
       }
     }
     each(y_, y_stride_, skip_, skip_stride_);
-    multiply<S>(in_.weights + shape.output_at(), shape.outputs, shape.hidden, rows_, count_, false);
+    multiply<S>(in_.weights + shape.output_at(), shape.outputs, 0, shape.hidden, shape.hidden, rows_, count_, false);
     for (int64_t b = 0; b < count_; ++b) {
       T* out = skip_ + b * skip_stride_;
       for (int64_t c = 0; c < shape.outputs; c += lanes<T>) {

@@ -1,5 +1,8 @@
 """Convolutions that do only the work that their dilation, their mask and the past leave."""
 
+from mpkernels.convolution.depthwise_conv1d import depthwise_conv1d, depthwise_conv1d_update
+from mpkernels.convolution.dilated_conv1d import dilated_conv1d
+from mpkernels.convolution.gated_residual_layer import GatedResidualLayer, gated_residual_layer
 from mpkernels.convolution.mulaw import mulaw_decode, mulaw_encode
 from mpkernels.convolution.wavenet_generate import (
     GenerationInterrupted,
@@ -14,12 +17,17 @@ from mpkernels.convolution.wavenet_generate import (
 )
 
 __all__ = [
+    "GatedResidualLayer",
     "GenerationInterrupted",
     "PackedWaveNet",
     "WaveNetLayer",
     "WaveNetOutput",
     "WaveNetState",
     "WaveNetWeights",
+    "depthwise_conv1d",
+    "depthwise_conv1d_update",
+    "dilated_conv1d",
+    "gated_residual_layer",
     "mulaw_decode",
     "mulaw_encode",
     "pack",

@@ -12,6 +12,8 @@ from mpkernels.convolution import (
     GenerationInterrupted,
     PackedWaveNet,
     WaveNetWeights,
+    dilated_conv1d,
+    gated_residual_layer,
     mulaw_decode,
     mulaw_encode,
     pack,
@@ -21,7 +23,6 @@ from mpkernels.convolution import (
 from mpkernels.convolution.wavenet_generate.spec import eager_cached, random_network, recomputed
 from mpkernels.philox import philox
 from mpkernels.testing.properties import OpProperties
-
 
 API = importlib.import_module("mpkernels.convolution.wavenet_generate.api")
 
@@ -34,6 +35,49 @@ def network_of(dtype=torch.float32, seed=0, device="cpu", **shape) -> WaveNetWei
         return weights._replace(**moved)
 
     return move(network)._replace(layers=[move(layer) for layer in network.layers])
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def logits_of_layers(packed: PackedWaveNet, samples, condition, offsets):
+    """Logits (B, O) of the next sample, by the public ops of the layers on the CPU."""
+    network, wide = packed.network, packed.offsets.dtype
+
+    def matrix(x):
+        return x.to(wide)
+
+    def pointwise(x, weight, bias):
+        return dilated_conv1d(x, weight[:, :, None], bias, backend="cpu")
+
+    if network.input.dim() == 1:
+        x = pointwise(samples[:, None].contiguous(), network.input[:, None], network.input_bias)
+    else:
+        x = packed.embedding[samples].transpose(1, 2)
+    skips = None
+    one = torch.eye(x.shape[0], dtype=wide)
+    for i, layer in enumerate(network.layers):
+        found = gated_residual_layer(
+            x,
+            matrix(layer.weight),
+            layer.bias,
+            residual_weight=matrix(layer.residual),
+            residual_bias=layer.residual_bias,
+            skip_weight=matrix(layer.skip),
+            skip_bias=layer.skip_bias,
+            condition=condition.contiguous(),
+            condition_weight=matrix(layer.condition_weight),
+            global_condition=one,
+            global_weight=offsets[i].t().contiguous(),
+            dilation=layer.dilation,
+            residual_scale=network.residual_scale,
+            backend="cpu",
+        )
+        x = found.residual
+        skips = found.skip if skips is None else skips + found.skip
+    hidden = pointwise(torch.relu(skips * network.skip_scale), matrix(network.hidden), network.hidden_bias)
+    return pointwise(torch.relu(hidden), matrix(network.output), network.output_bias)[:, :, -1]
 
 
 class WaveNetGenerateProperties(OpProperties):
@@ -255,6 +299,25 @@ class TestReference(WaveNetGenerateProperties):
 
 class TestCpu(WaveNetGenerateProperties):
     backend = "cpu"
+
+    @pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("output", WaveNetGenerateProperties.kinds)
+    def test_equals_the_loop_of_layers(self, output, stored):
+        """gated_residual_layer over everything before each sample, 1x1 convolutions, wavenet_sample: the same bits."""
+        given = torch.float64 if stored == torch.float64 else torch.float32
+        shape: dict[str, Any] = {"residual": 33, "gates": 40, "skip": 50, "hidden": 37, "dilations": (1, 2, 4, 8, 3)}
+        packed = pack(self.network(output, dtype=given, taps=3, condition=5, **shape), stored)
+        condition = normal(2, 5, 12, dtype=given)
+        offsets = normal(5, 2, 80, seed=1, dtype=given)
+        arguments: dict[str, Any] = {"seed": 4, "output": output}
+        found = self.generate(packed, 12, condition=condition, global_offsets=offsets, **arguments)
+        samples = torch.full((2, 1), 10) if output == "categorical" else torch.zeros(2, 1, dtype=given)
+        for t in range(12):
+            logits = logits_of_layers(packed, samples, condition[:, :, : t + 1], offsets)
+            assert torch.equal(logits, found.logits[:, :, t])
+            drawn = wavenet_sample(logits, step=t, **arguments, backend="cpu")
+            assert torch.equal(drawn, found.samples[:, t])
+            samples = torch.cat([samples, drawn[:, None]], 1)
 
     @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
     def test_one_two_and_three_threads_are_bit_equal(self, stored):

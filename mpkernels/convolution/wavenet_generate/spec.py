@@ -307,7 +307,7 @@ def _drawn(logits: Tensor, temperature: float, mixture: bool, generator: torch.G
 def recomputed(network: WaveNetWeights, samples: Tensor) -> Tensor:
     """Logits (B, O) of the sample after ``samples`` (B, T), by torch's convolutions over the receptive field.
 
-    What a loop without a cache does for every sample. (Exact for T of at least the receptive field, and from the start.)
+    What a loop without a cache does for every sample; T is at least the receptive field, or all samples so far.
     """
     x = network.input[samples].transpose(1, 2)
     if network.input_bias is not None:

@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> generate(const Tensor& weights, const Tensor&
     const auto bytes = static_cast<size_t>(Memory<T>::size(in.shape, pack_size<S>)) * sizeof(T);
     STD_TORCH_CHECK(bytes <= 160 * 1024, "wavenet_generate: the channels of a position need ", bytes,
                     " bytes of shared memory, more than GPUs have");
-    MPKERNELS_LAUNCH((generate_kernel<S, T>), static_cast<unsigned>(batch), threads_per_block, bytes, device.stream(),
+    MPKERNELS_LAUNCH((generate_kernel<S, T>), static_cast<unsigned>(batch), block_threads<T>, bytes, device.stream(),
                      in);
   });
   return {samples, logits, new_rings};
@@ -94,7 +94,7 @@ Tensor sample(const Tensor& logits, const Tensor& seed, int64_t step, int64_t fi
     static_cast<void>(element);
     const auto bytes = static_cast<size_t>(outputs) * sizeof(T);
     STD_TORCH_CHECK(bytes <= 160 * 1024, "wavenet_sample: more classes than shared memory holds");
-    MPKERNELS_LAUNCH((sample_kernel<T>), static_cast<unsigned>(batch), threads_per_block, bytes, device.stream(),
+    MPKERNELS_LAUNCH((sample_kernel<T>), static_cast<unsigned>(batch), block_threads<T>, bytes, device.stream(),
                      pointer<T>(logits), pointer<int64_t>(seed), outputs, step, first_sequence,
                      static_cast<T>(temperature), mixture, mixture ? nullptr : pointer<int64_t>(samples),
                      mixture ? pointer<T>(samples) : nullptr);

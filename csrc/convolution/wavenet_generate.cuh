@@ -23,10 +23,13 @@
 namespace mpkernels {
 namespace wavenet_generate {
 
+// Threads of a block, by the type of the weights or of the sums (which are both double, or neither).
 #if defined(MPKERNELS_ON_FIBRES)
-constexpr int threads_per_block = 64;  // (fibres take their time; and products take several passes)
+template <typename T>
+constexpr int block_threads = 64;  // (fibres take their time; and products take several passes)
 #else
-constexpr int threads_per_block = 512;
+template <typename T>
+constexpr int block_threads = sizeof(T) == 8 ? 256 : 512;  // (doubles need more registers)
 #endif
 constexpr int warp_lanes = 32;
 constexpr int most_layers = 256;
@@ -117,8 +120,8 @@ struct Share {
   __device__ __forceinline__ Share(int all_outputs, int first) {
     outputs = static_cast<int>(padded(all_outputs));
     chunks = outputs / pack_size<S> - first;
-    if (chunks > threads_per_block) chunks = threads_per_block;
-    slices = threads_per_block / static_cast<int>(chunks);
+    if (chunks > block_threads<S>) chunks = block_threads<S>;
+    slices = block_threads<S> / static_cast<int>(chunks);
     slice = static_cast<int>(threadIdx.x / chunks);
     chunk = first + threadIdx.x % chunks;
     panel = chunk * pack_size<S> / most_width;
@@ -131,13 +134,14 @@ struct Share {
                                       const Input& input) const {
     const S* from =
         weights + int64_t{panel} * most_width * whole + skipped * width + (chunk * pack_size<S> - panel * most_width);
-#pragma unroll 4
+    constexpr int at_once = sizeof(T) == 8 ? 2 : 4;  // loads that are asked for before the first is used
+#pragma unroll at_once
     for (int k = slice; k < depth; k += slices) {
       add_pack(sums, static_cast<T>(input(k)), *reinterpret_cast<const Pack<S>*>(from + k * width));
     }
   }
 
-  // The partial sums of a thread, where finish_sums finds them.
+  // The partial sums of a thread, where `product` finds them.
   template <typename T>
   __device__ __forceinline__ void leave(const T (&sums)[pack_size<S>], int first, T* partial) const {
     if (slice >= slices) return;
@@ -153,14 +157,14 @@ struct Share {
 // barrier before the sums are added and one behind.
 template <typename S, typename T, typename Accumulate, typename Finish>
 __device__ __forceinline__ void product(int outputs, T* partial, const Accumulate& accumulate, const Finish& finish) {
-  for (int first = 0; first < static_cast<int>(padded(outputs)) / pack_size<S>; first += threads_per_block) {
+  for (int first = 0; first < static_cast<int>(padded(outputs)) / pack_size<S>; first += block_threads<S>) {
     const Share<S> share(outputs, first);
     T sums[pack_size<S>] = {};
     if (share.slice < share.slices) accumulate(share, sums);
     share.leave(sums, first, partial);
     __syncthreads();
     const int base = first * pack_size<S>, count = share.chunks * pack_size<S>;
-    for (int o = threadIdx.x; o < count && base + o < outputs; o += threads_per_block) {
+    for (int o = threadIdx.x; o < count && base + o < outputs; o += block_threads<S>) {
       T sum = 0;
       for (int s = 0; s < share.slices; ++s) sum += partial[s * count + o];
       finish(base + o, sum);
@@ -175,7 +179,7 @@ struct Memory {
   T *x, *gates, *skip, *hidden, *logits, *weights, *partial;
 
   static MPKERNELS_HOST_DEVICE int64_t size(const Shape& shape, int pack) {
-    return shape.residual + 2 * shape.gates + shape.skip + shape.hidden + 2 * shape.outputs + threads_per_block * pack;
+    return shape.residual + 2 * shape.gates + shape.skip + shape.hidden + 2 * shape.outputs + block_threads<T> * pack;
   }
 
   __device__ __forceinline__ Memory(T* memory, const Shape& shape) {
@@ -207,7 +211,7 @@ __device__ __forceinline__ int64_t draw_class(const T* logits, int count, T temp
   }
   __syncthreads();
   if (temperature > 0) {
-    for (int c = threadIdx.x; c < count; c += threads_per_block) {
+    for (int c = threadIdx.x; c < count; c += block_threads<T>) {
       weights[c] = exp((logits[c] - maximum) / temperature);
     }
   }
@@ -227,7 +231,7 @@ __device__ __forceinline__ int64_t draw_class(const T* logits, int count, T temp
   __syncthreads();
   if (temperature > 0) {
     const double wanted = uniform(key, position, sequence, 0) * static_cast<double>(weights[count - 1]);
-    for (int c = threadIdx.x; c < count; c += threads_per_block) {
+    for (int c = threadIdx.x; c < count; c += block_threads<T>) {
       const bool first = c == 0 || !(static_cast<double>(weights[c - 1]) > wanted);
       if (first && static_cast<double>(weights[c]) > wanted) chosen = c;
     }
@@ -237,7 +241,7 @@ __device__ __forceinline__ int64_t draw_class(const T* logits, int count, T temp
 }
 
 template <typename S, typename T>
-__global__ void __launch_bounds__(threads_per_block) generate_kernel(const Problem<S, T> in) {
+__global__ void __launch_bounds__(block_threads<T>, 1) generate_kernel(const Problem<S, T> in) {
   MPKERNELS_DYNAMIC_SHARED(T, dynamic);
   const Shape& shape = in.shape;
   const Memory<T> at(dynamic, shape);
@@ -249,13 +253,13 @@ __global__ void __launch_bounds__(threads_per_block) generate_kernel(const Probl
   const uint64_t key = static_cast<uint64_t>(*in.seed);
   T* rings = in.rings + sequence * in.ring_rows * channels;
   const T* old = in.old_rings + sequence * in.ring_rows * channels;
-  for (int64_t i = threadIdx.x; i < in.ring_rows * channels; i += threads_per_block) rings[i] = old[i];
+  for (int64_t i = threadIdx.x; i < in.ring_rows * channels; i += block_threads<T>) rings[i] = old[i];
   int64_t last_class = in.mixture ? 0 : in.last_class[sequence];
   T last_value = in.mixture ? in.last_value[sequence] : T(0);
   __syncthreads();
 
   for (int64_t step = 0; step < in.length; ++step) {
-    for (int c = threadIdx.x; c < channels; c += threads_per_block) {
+    for (int c = threadIdx.x; c < channels; c += block_threads<T>) {
       at.x[c] = in.mixture ? in.embedding[c] * last_value + in.embedding[channels + c]
                            : in.embedding[last_class * channels + c];
     }
@@ -293,7 +297,7 @@ __global__ void __launch_bounds__(threads_per_block) generate_kernel(const Probl
       const T* bias = in.biases + shape.projection_bias_at(i);
       if (left > 0) {
         T* to = rings + (ring + slot) * channels;
-        for (int c = threadIdx.x; c < channels; c += threads_per_block) to[c] = at.x[c];
+        for (int c = threadIdx.x; c < channels; c += block_threads<T>) to[c] = at.x[c];
       }
       product<S, T>(
           rows + skips, at.partial,
@@ -364,7 +368,7 @@ __global__ void __launch_bounds__(threads_per_block) generate_kernel(const Probl
 
 // A block a row.
 template <typename T>
-__global__ void __launch_bounds__(threads_per_block)
+__global__ void __launch_bounds__(block_threads<T>)
     sample_kernel(const T* logits,  // (B, O)
                   const int64_t* seed, int64_t outputs, int64_t position, int64_t first_sequence, T temperature,
                   bool mixture,

@@ -55,10 +55,10 @@ def logits_of_layers(packed: PackedWaveNet, samples, condition, offsets):
         x = pointwise(samples[:, None].contiguous(), network.input[:, None], network.input_bias)
     else:
         x = packed.embedding[samples].transpose(1, 2)
-    skips = None
+    skips: Any = None
     one = torch.eye(x.shape[0], dtype=wide)
     for i, layer in enumerate(network.layers):
-        found = gated_residual_layer(
+        found: Any = gated_residual_layer(
             x,
             matrix(layer.weight),
             layer.bias,
@@ -100,7 +100,7 @@ class WaveNetGenerateProperties(OpProperties):
         else:
             assert torch.equal(first, second)
 
-    def generate(self, network: WaveNetWeights | PackedWaveNet, steps: int, **arguments: Any):
+    def generate(self, network: WaveNetWeights | PackedWaveNet, steps: int, **arguments: Any) -> Any:
         arguments = {"backend": self.backend, "return_state": True, "return_logits": True} | arguments
         return wavenet_generate(network, steps, **arguments)
 
@@ -190,7 +190,7 @@ class WaveNetGenerateProperties(OpProperties):
 
     def test_global_offsets_are_biases(self):
         network = self.network()
-        layers = [layer._replace(bias=layer.bias + 0.5) for layer in network.layers]
+        layers = [layer._replace(bias=torch.as_tensor(layer.bias) + 0.5) for layer in network.layers]
         wanted = self.generate(network._replace(layers=layers), 5).logits
         for offsets in (torch.full((3, 1, 16), 0.5), [torch.full((1, 16), 0.5)] * 3):
             moved = (
@@ -394,11 +394,12 @@ class TestMuLaw:
 def test_packed_weights_are_copies():
     network = network_of()
     packed = pack(network)
-    wanted = wavenet_generate(packed, 5, temperature=0, return_logits=True).logits
+    wanted: Any = wavenet_generate(packed, 5, temperature=0, return_logits=True).logits
     network.hidden.zero_()
     for layer in network.layers:
         layer.weight.zero_()
-    assert torch.equal(wavenet_generate(packed, 5, temperature=0, return_logits=True).logits, wanted)
+    found: Any = wavenet_generate(packed, 5, temperature=0, return_logits=True).logits
+    assert torch.equal(found, wanted)
     with pytest.raises(TypeError, match=r"dtype.*bfloat16.*float16"):
         pack(network, torch.float16)
 

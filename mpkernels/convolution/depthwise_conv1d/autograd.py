@@ -34,7 +34,7 @@ def _pick(function):
 
 
 def layout(x: Tensor) -> tuple[Tensor, bool]:
-    """X as the kernels read it, and whether its channels lie side by side."""
+    """x as the kernels read it, and whether its channels lie side by side."""
     if x.stride(2) == 1 and not (x.shape[2] == 1 and x.stride(1) == 1):
         return x, False
     if x.stride(1) == 1:

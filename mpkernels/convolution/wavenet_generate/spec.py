@@ -312,7 +312,7 @@ def recomputed(network: WaveNetWeights, samples: Tensor) -> Tensor:
     x = network.input[samples].transpose(1, 2)
     if network.input_bias is not None:
         x = x + network.input_bias[:, None]
-    skips = 0
+    skips = network.input.new_zeros(())
     for layer in network.layers:
         left = (layer.weight.shape[2] - 1) * layer.dilation
         z = functional.conv1d(functional.pad(x, (left, 0)), layer.weight, layer.bias, dilation=layer.dilation)

@@ -28,7 +28,7 @@ def mulaw_encode(x: Tensor, classes: int = 256) -> Tensor:
     """Classes of an audio signal, by mu-law with mu = classes - 1.
 
     Args:
-        x: any shape, floating point, in [-1, 1]; what is outside counts as -1 or 1. NaN has no class: the result is any.
+        x: any shape, floating point, in [-1, 1]; what is outside counts as -1 or 1. NaN has no class: it gets any.
         classes: at least 2.
 
     Returns:

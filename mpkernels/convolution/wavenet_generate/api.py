@@ -64,8 +64,8 @@ def wavenet_generate(
 
     Each position is the network of :mod:`mpkernels.convolution.wavenet_generate.schema` (van den Oord et al. 2016,
     "WaveNet", eq. 2 and figure 4; Paine et al. 2016, "Fast Wavenet", for the queues of past inputs), then a sample,
-    which is the next input. Same bits for a run as a whole or cut anywhere, in any batch (see ``first_sequence``) and on
-    any number of threads; and on the CPU the bits of gated_residual_layer over everything before, and wavenet_sample.
+    which is the next input. Same bits for a run as a whole or cut anywhere, in any batch (see ``first_sequence``), on
+    any number of threads; and on the CPU the bits of gated_residual_layer over all that came before.
 
     Args:
         network: weights, or what :func:`pack` made of them (do that once if you call more than once).

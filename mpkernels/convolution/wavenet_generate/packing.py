@@ -81,7 +81,8 @@ def pack(network: WaveNetWeights, dtype: torch.dtype | None = None) -> PackedWav
             for float64). Default: that of the weights; float16 is stored as float32.
 
     Returns:
-        a :class:`PackedWaveNet`. With bfloat16, all results are those of the weights rounded to bfloat16, bit for bit.
+        a :class:`PackedWaveNet`. With bfloat16, all results are those of the weights rounded to bfloat16 (on a
+        CPU bit for bit).
 
     Raises:
         TypeError: a weight is no tensor or has another dtype than the others, ``dtype`` is none of the three.

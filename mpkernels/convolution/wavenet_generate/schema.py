@@ -15,7 +15,7 @@ dilations        int[L], all >= 1
 sizes            int[7]
 residual_scale   float               factor of the residual outputs
 skip_scale       float               factor of the sum of the skips
-mixture          bool                whether outputs are (weight, mean, log scale) of O / 3 logistics, and samples values
+mixture          bool                samples are values; outputs weight, mean and log scale of O / 3 logistics
 forced           (B, T0) | None      the first samples: int64 in [0, classes), or wide
 condition        (B, T, A) | None    wide
 last             (B,)                the sample before the first; int64 or wide
@@ -33,7 +33,7 @@ The network of a position t, from the sample before it (van den Oord et al. 2016
 layers are those of gated_residual_layer):
 
     x_0    = embedding[sample_{t-1}]                 mixture: (0 + embedding[0] sample_{t-1}) + embedding[1]
-    z_i    = sum_{k, c} weight_i[., c, k] x_i[c, t + (k - K + 1) dilation_i] + sum_a condition_weight_i[., a] condition[a]
+    z_i    = sum_{k, c} weight_i[., c, k] x_i[c, t + (k - K + 1) dilation_i] + sum_a condition_weight_i[., a] cond[a]
              + offset_i                              x_i before the first position: zeros, or what the rings hold
     h_i    = tanh(z_i[:G]) sigmoid(z_i[G:])
     x_i+1  = residual_scale (x_i + residual_i h_i + residual_bias_i)
@@ -52,12 +52,13 @@ limited to [-1, 1]. Temperature 0 takes the first largest logit, and the mean.
 
 A matrix (P, D) is packed as its outputs padded with zeros to a multiple of 32, cut into panels of 128 outputs (the last
 may be narrower), each of them depth by depth, the outputs of a depth side by side. bfloat16: in each run of 32 outputs,
-output i < 16 at place 2 i and output 16 + i at place 2 i + 1, so that a 32-bit word holds both in its two halves. Order
-of the matrices: for each layer its last tap (2 G, R), its condition weight (2 G, A), its projection (R + S, G), residual
-rows first, or (S, G) in the last layer, whose residual nobody reads; hidden (H, S); output (O, H); then for each layer
-its other taps (2 G, (K - 1) R), oldest first.
+output i < 16 at place 2 i and output 16 + i at place 2 i + 1, so that a 32-bit word holds both in its two halves.
 
-Returned: samples (B, T), int64 or wide, the forced ones included; logits (B, T, O) wide, or (0,) without; the new rings.
+Order of the matrices: for each layer its last tap (2 G, R), its condition weight (2 G, A), its projection (R + S, G),
+residual rows first, or (S, G) in the last layer, whose residual nobody reads; hidden (H, S); output (O, H); then for
+each layer its other taps (2 G, (K - 1) R), oldest first.
+
+Returned: samples (B, T), int64 or wide, the forced ones included; logits (B, T, O) wide, or (0,) without; new rings.
 """
 
 from __future__ import annotations

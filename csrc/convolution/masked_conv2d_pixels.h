@@ -193,14 +193,14 @@ Window<T> choose_window(const Sums<S>& s) {
   const auto numbers = [&](const Window<T>& w) { return w.plane * s.in.channels; };
   while (columns > 2 * tile_vectors * lanes<T> &&
          (columns > most_pixels ||
-          numbers(window_of<T>(s.taps, s.step_y, s.step_x, 1, columns, s.columns)) > most_numbers)) {
+          numbers(window_of<T>(s.taps, s.step_y, s.step_x, 1, columns, s.columns, s.in.width)) > most_numbers)) {
     columns = ((columns + 1) / 2 + lanes<T> - 1) / lanes<T> * lanes<T>;
   }
   Window<T> best{};
   int64_t least = std::numeric_limits<int64_t>::max();
   const auto count = static_cast<int64_t>(s.taps.size());
   for (int64_t rows = 1; rows <= s.rows; ++rows) {
-    const Window<T> w = window_of<T>(s.taps, s.step_y, s.step_x, rows, columns, s.columns);
+    const Window<T> w = window_of<T>(s.taps, s.step_y, s.step_x, rows, columns, s.columns, s.in.width);
     if (rows > 1 && (rows * w.pitch > most_pixels || numbers(w) > most_numbers)) break;
     const int64_t whole = s.rows / rows, rest = s.rows % rows;
     int64_t tiles = whole * Cut(rows, columns, w.pitch, lanes<T>).tiles();
@@ -247,8 +247,10 @@ void run(const Sums<S>& s) {
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t batch = piece / (down * across);
       const int64_t y0 = piece / across % down * window.rows, x0 = piece % across * window.columns;
-      const Cut cut(std::min(window.rows, s.rows - y0), std::min(window.columns, s.columns - x0), window.pitch,
-                    lanes<T>);
+      const int64_t rows = std::min(window.rows, s.rows - y0), columns = std::min(window.columns, s.columns - x0);
+      // rows that follow each other in the window and in the output are one
+      const bool joined = window.pitch == columns && s.row_stride == columns && s.column_stride == 1;
+      const Cut cut = joined ? Cut(1, rows * columns, rows * columns, lanes<T>) : Cut(rows, columns, window.pitch, lanes<T>);
       fill(window, s.in, batch, 0, s.in.channels, y0, x0, to);
       for (int64_t tile = 0; tile < cut.tiles(); ++tile) {
         int64_t at[tile_vectors];
@@ -257,7 +259,9 @@ void run(const Sums<S>& s) {
         }
         const int64_t run_count = runs_of<T>(cut, tile, runs);
         // taps that read above or below the picture in every row of the tile (the first ones reach farthest)
-        const int64_t first_y = (y0 + runs[0].y) * s.step_y, last_y = (y0 + runs[run_count - 1].y) * s.step_y;
+        const Run &first = runs[0], &last = runs[run_count - 1];
+        const int64_t first_y = (y0 + (joined ? first.x / columns : first.y)) * s.step_y;
+        const int64_t last_y = (y0 + (joined ? (last.x + last.count - 1) / columns : last.y)) * s.step_y;
         int64_t skipped = 0;
         for (const Tap& tap : s.taps) {
           if (last_y + tap.dy >= 0 && first_y + tap.dy < s.in.height) break;

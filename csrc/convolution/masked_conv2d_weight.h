@@ -96,8 +96,8 @@ struct Pair {
 template <typename S>
 void run_weight(const WeightGradient<S>& g) {
   using T = Compute<S>;
-  constexpr int64_t block_size = tile_vectors * lanes<T>, most_pixels = 256, rows_of_chunk = 16 * tile_rows;
-  constexpr int64_t pieces_wanted = 32;
+  constexpr int64_t block_size = tile_vectors * lanes<T>, most_pixels = 256, most_pairs = 64 * tile_rows;
+  constexpr int64_t pieces_wanted = 24, least_pixels = 2048;  // of a share
   const int64_t outputs = g.grad.channels, channels = g.in.channels, height = g.grad.height, width = g.grad.width;
   const auto count = static_cast<int64_t>(g.taps.size());
   const int64_t pixels_in_all = g.in.batches * height * width;
@@ -105,12 +105,14 @@ void run_weight(const WeightGradient<S>& g) {
 
   const int64_t columns = std::min(width, most_pixels);
   const int64_t rows = std::clamp<int64_t>(most_pixels / columns, 1, height);
-  const Window<T> window = window_of<T>(g.taps, g.step_y, g.step_x, rows, columns, width);
+  const Window<T> window = window_of<T>(g.taps, g.step_y, g.step_x, rows, columns, width, g.in.width);
   const int64_t down = (height + rows - 1) / rows, across = (width + columns - 1) / columns;
   const int64_t groups = g.in.batches * down * across;
-  const int64_t chunk = std::min(channels, std::max<int64_t>(1, rows_of_chunk / count));
+  const int64_t most_channels = std::max<int64_t>(1, most_pairs / count);
+  const int64_t chunk = (channels + (channels - 1) / most_channels) / ((channels - 1) / most_channels + 1);
   const int64_t chunks = (channels + chunk - 1) / chunk, blocks = (outputs + block_size - 1) / block_size;
-  const int64_t shares = std::clamp<int64_t>(pieces_wanted / (chunks * blocks), 1, groups);
+  const int64_t shares = std::min(std::clamp<int64_t>(pieces_wanted / (chunks * blocks), 1, groups),
+                                  std::max<int64_t>(1, pixels_in_all / least_pixels));
   const int64_t weight_size = outputs * channels * g.all_taps;
   STD_TORCH_CHECK(window.size(chunk) < (int64_t{1} << 31), "masked_conv2d: a row reads more than 2^31 numbers");
   std::vector<T> partial(static_cast<size_t>(shares > 1 ? shares * weight_size : 0));

@@ -56,10 +56,10 @@ struct Window {
   int64_t size(int64_t channels) const { return channels * plane + extra_x + 2 * lanes<T>; }
 };
 
-// A window for pieces of `rows` x `columns` outputs of a grid that is `all_columns` wide.
+// A window for pieces of `rows` x `columns` outputs of a grid that is `all_columns` wide, over a picture of `width`.
 template <typename T>
 Window<T> window_of(const std::vector<Tap>& taps, int64_t step_y, int64_t step_x, int64_t rows, int64_t columns,
-                    int64_t all_columns) {
+                    int64_t all_columns, int64_t width) {
   Window<T> w{};
   w.step_y = step_y;
   w.step_x = step_x;
@@ -79,7 +79,7 @@ Window<T> window_of(const std::vector<Tap>& taps, int64_t step_y, int64_t step_x
   w.extra_y = (high_y - w.low_y) / step_y;
   w.extra_x = (high_x - w.low_x) / step_x;
   const bool shared = step_x == 1 && columns == all_columns;
-  w.pitch = columns + (shared ? std::max(-w.low_x, high_x) : w.extra_x);
+  w.pitch = shared ? std::max(columns, width) + std::max(-w.low_x, high_x) : columns + w.extra_x;
   // an odd number of cache lines, so that the same pixel of many channels does not fall into the same few sets
   constexpr int64_t line = 64 / sizeof(T);
   const int64_t filled = static_cast<int64_t>(w.phases.size()) * (rows + w.extra_y) * w.pitch;

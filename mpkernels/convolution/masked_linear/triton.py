@@ -13,9 +13,9 @@ from mpkernels import checks, library
 from mpkernels.convolution.masked_linear import triton_kernels as kernels
 from mpkernels.spec import TritonKernel
 
-# (rows or outputs, units or inputs, depth, warps) by bytes of an element: chosen by registers, of which the sums take
-# 32 a thread of 4 warps. No GPU has measured them yet.
-_BLOCKS = {2: (64, 64, 64, 4), 4: (64, 64, 32, 4), 8: (32, 32, 16, 4)}
+# (rows or outputs, units or inputs, depth, warps) by bytes of an element, chosen by registers: larger ones spill on
+# sm_100. No GPU has measured them yet.
+_BLOCKS = {2: (32, 64, 32, 4), 4: (64, 64, 16, 4), 8: (32, 32, 16, 4)}
 _INTERPRETED = (16, 16, 16, 4)  # the least that a product of tiles takes: small inputs still have several blocks
 
 

@@ -30,6 +30,12 @@ def wide(x):
 
 
 @triton.jit
+def number(x):
+    """A size as a number of the device."""
+    return tl.zeros((), tl.int32) + x
+
+
+@triton.jit
 def factors(x, weight, row, row_inside, unit, depth_of, d, depth, visible, unit_stride, depth_stride):
     """Tiles of both factors at the sorted places ``d`` of the other side: (BLOCK_N, BLOCK_D) and (BLOCK_D, BLOCK_U)."""
     inside = d < depth
@@ -63,12 +69,12 @@ def masked_linear_product(
     """A block of BLOCK_N rows and BLOCK_U units, in the order of degrees."""
     unit_blocks = tl.cdiv(units, BLOCK_U)
     block = tl.program_id(0)
-    depth, units = wide(depth), wide(units)
+    depth, units = number(depth), wide(units)
     row = (block // unit_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    place = (block % unit_blocks).to(tl.int64) * BLOCK_U + tl.arange(0, BLOCK_U)
+    place = block % unit_blocks * BLOCK_U + tl.arange(0, BLOCK_U)
     row_inside, unit_inside = row < rows, place < units
     unit = tl.load(unit_of + place, mask=unit_inside, other=0).to(tl.int64)
-    last = tl.load(limit + place, mask=unit_inside, other=0).to(tl.int64)
+    last = tl.load(limit + place, mask=unit_inside, other=0)
     most = tl.max(last, axis=0)
     least = tl.min(tl.where(unit_inside, last, depth), axis=0)
     if FORWARD:
@@ -130,12 +136,12 @@ def masked_linear_of_weight(
     input_blocks = tl.cdiv(inputs, BLOCK_I)
     block = tl.program_id(0)
     outputs, inputs = wide(outputs), wide(inputs)
-    r = (block // input_blocks).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
-    s = (block % input_blocks).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+    r = block // input_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    s = block % input_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     out_inside, in_inside = r < outputs, s < inputs
     output = tl.load(order_out + r, mask=out_inside, other=0).to(tl.int64)
     input = tl.load(order_in + s, mask=in_inside, other=0).to(tl.int64)
-    seen = tl.load(count + r, mask=out_inside, other=0).to(tl.int64)
+    seen = tl.load(count + r, mask=out_inside, other=0)
     total = tl.zeros((BLOCK_O, BLOCK_I), COMPUTE)
     if tl.max(seen, axis=0) > tl.min(s, axis=0):
         for start in range(0, rows, BLOCK_N):

@@ -1,1 +1,5 @@
 """Convolutions that do only the work that their dilation, their mask and the past leave."""
+
+from mpkernels.convolution.nade import nade_log_prob, nade_sample
+
+__all__ = ["nade_log_prob", "nade_sample"]

@@ -10,7 +10,8 @@ from mpkernels.philox import key_of, philox
 from mpkernels.spec import Arguments, BadInput, Case, Cost, OpSpec, Workload
 
 _WEIGHTS = ("in_weight", "in_bias", "out_weight", "out_bias")
-_DTYPES = dict.fromkeys(("reference", "cpu"), (torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {"reference": _FLOATING, "cpu": _FLOATING}
 
 
 def _weights(dimensions: int, hidden: int, spread: float, generator: torch.Generator) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from python_models.likelihood_training import Training, check_budget, draw_curve
 from python_models.transformer_training import Curve, Progress, train
 
 PAPERS = "TCN 8.10, LSTM 8.45 nats a frame (Bai et al. 2018, JSB chorales, another split of 382)"
+WINDOW = 64  # frames of a training chorale
 TRANSPOSED = 5  # at most so many half tones, down or up
 MODEL, CHORALE, CURVE, REPORT = "model.pt", "chorale.png", "curve.png", "report.json"
 
@@ -148,12 +149,19 @@ def batch_of(chorales: list[Tensor]) -> Batch:
 
 
 def batches(chorales: list[Tensor], size: int, seed: int) -> Iterator[Batch]:
-    """Training batches without end, every chorale in a random key."""
+    """Training batches without end: of every chorale at most WINDOW frames, in a random key."""
     generator = torch.Generator().manual_seed(seed)
+
+    def draw(least: int, most: int) -> int:
+        return int(torch.randint(least, most + 1, (), generator=generator))
+
+    def part(chorale: Tensor) -> Tensor:
+        start = draw(0, max(0, len(chorale) - WINDOW))
+        return transpose(chorale[start : start + WINDOW], draw(-TRANSPOSED, TRANSPOSED))
+
     while True:
         for chosen in torch.randperm(len(chorales), generator=generator).split(size):
-            moves = torch.randint(-TRANSPOSED, TRANSPOSED + 1, (len(chosen),), generator=generator).tolist()
-            yield batch_of([transpose(chorales[i], move) for i, move in zip(chosen.tolist(), moves, strict=True)])
+            yield batch_of([part(chorales[i]) for i in chosen.tolist()])
 
 
 def transpose(chorale: Tensor, by: int) -> Tensor:

@@ -29,9 +29,9 @@ def nade_log_prob(
     p(x) = prod_d Bernoulli(x_d; sigmoid(b_d + V_d . h_d)), h_d = sigmoid(c + sum_{e<d} W[:, e] x_e)
     (Larochelle & Murray 2011, "The neural autoregressive distribution estimator", eqs. 3 and 4), by a recurrence over d
     of O(D H) operations a sample, in which a dimension that is 0 leaves the hidden units as they are. The logarithms
-    stay finite where probabilities round to 0 or 1. Exact gradients of any order to all arguments; the first needs
-    memory of O(N D) beside the weights, and the second of O(N D H). The same bits in every run, for any number of
-    threads, and for a sample alone or in a batch.
+    stay finite where probabilities round to 0 or 1. Exact gradients of any order to all arguments; those of the
+    parameters need memory of O(N D), that of ``x`` of O(N D H / 64), and second derivatives of O(N D H). The same bits
+    in every run and for any number of threads; a sample has the same log-likelihood alone or in a batch.
 
     Args:
         x: (N, D), zeros and ones. Numbers between (which is not checked) give sum_d x_d log p_d +

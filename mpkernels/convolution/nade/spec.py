@@ -167,6 +167,8 @@ SPECS = (
         eager=_eager_log_prob,
         cost=_cost,
         trained=_WEIGHTS,
+        demo="python_models.nade",
+        demo_name="nade",
         dtypes=_DTYPES,
     ),
     OpSpec(

@@ -130,7 +130,7 @@ def fit(
     drawn = model.sample(samples, seed, backend)
     result = {
         "model": name,
-        "data": "4,000 digits of MNIST, drawn binary, natural order" if len(data.train) == 4000 else "digits",
+        "data": "4,000 digits of MNIST, drawn binary" if len(data.train) == 4000 else "digits",
         "settings": {"rate": rate, "weight_decay": weight_decay, "shift": shift, "batch": batch, "minutes": minutes}
         | {"steps": steps, "seed": seed, "threads": torch.get_num_threads()},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

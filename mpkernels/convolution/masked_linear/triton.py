@@ -131,7 +131,7 @@ def _specialised(function, dtype: str, name: str, **flags) -> TritonKernel:
     constexprs = dict(zip(names, blocks, strict=True)) | {"COMPUTE": tl.float32} | flags
     if not of_weight:  # what the launcher makes a constant
         constexprs |= {"depth_stride": 1} if flags["FORWARD"] else {"unit_stride": 1, "bias": None}
-    kinds = dict.fromkeys(("x", "weight", "bias", "y", "grad", "of_weight"), f"*{dtype}")
+    kinds: dict[str, str] = dict.fromkeys(("x", "weight", "bias", "y", "grad", "of_weight"), f"*{dtype}")
     kinds |= dict.fromkeys(("unit_of", "depth_of", "limit", "order_in", "order_out", "count"), "*i32")
 
     def kind(argument: str) -> str:

@@ -7,8 +7,8 @@
 // end exactly where the staircase does, whatever the neighbours hold.
 //
 // Forward: threads take blocks of 48 outputs for all rows. x is transposed and sorted once (for at most 512 rows at a
-//   time), weights are sorted on their way into a block of 48 x 128 in the caches; each weight that counts is read once
-//   for 512 rows.
+//   time), weights are sorted on their way into a block of 48 x 2048 in the caches; each weight that counts is read
+//   once for 512 rows.
 // Gradient of x: the same with the transposed staircase, where output r is seen by the inputs below count[r]. Blocks of
 //   256 rows of the weight are sorted into memory that stays in the caches, then threads take blocks of 96 inputs.
 // Gradient of weight: threads take blocks of 48 outputs; lanes run along the sorted inputs, the contraction along the
@@ -91,21 +91,26 @@ void forward_chunk(const Layer<S>& layer, const Compute<S>* packed, int64_t rows
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t first = (pieces - 1 - piece) * unit_block;  // those that see most come first
       const int64_t units = std::min(unit_block, outputs - first);
-      T* c = scratch<T>(unit_block * (c_row + depth_block + 1));
-      T* a = c + unit_block * c_row;
-      T* offset = a + unit_block * depth_block;
-      std::memset(c, 0, sizeof(T) * units * c_row);
       const int64_t depth = layer.seen(first + units - 1);
+      const int64_t a_row = std::min(depth_most, blocks(depth, depth_block) * depth_block);
+      T* c = scratch<T>(unit_block * (c_row + a_row + 1));
+      T* a = c + unit_block * c_row;
+      T* offset = a + unit_block * a_row;
+      std::memset(c, 0, sizeof(T) * units * c_row);
       for (int64_t k = 0; k < depth; k += depth_block) {
         const auto to = [&](int64_t m) { return std::clamp<int64_t>(layer.seen(first + m) - k, 0, depth_block); };
-        for (int64_t m = 0; m < units; ++m) {
-          take_ordered(layer.weights_of(first + m), layer.in, k, to(m), a + m * depth_block);
+        if (k % depth_most == 0) {
+          for (int64_t m = 0; m < units; ++m) {
+            const int64_t count = std::clamp<int64_t>(layer.seen(first + m) - k, 0, depth_most);
+            const int64_t next = std::min(first + m + 1, outputs - 1);
+            take_ordered(layer.weights_of(first + m), layer.weights_of(next), layer.in, k, count, a + m * a_row);
+          }
         }
         for (int64_t p = 0; p < panels; ++p) {
           const int64_t vectors = blocks(std::min(panel<T>, rows - p * panel<T>), lanes<T>);
           multiply_stairs(
-              Left<T>{a, depth_block, 1}, packed + (p * inputs + k) * panel<T>, c + p * panel<T>, c_row, units, vectors,
-              [](int64_t) { return int64_t{0}; }, to);
+              Left<T>{a + k % depth_most, a_row, 1}, packed + (p * inputs + k) * panel<T>, c + p * panel<T>, c_row,
+              units, vectors, [](int64_t) { return int64_t{0}; }, to);
         }
       }
       if (bias != nullptr) {
@@ -156,7 +161,9 @@ void of_x_chunk(const Layer<S>& layer, const int32_t* first_of, const Compute<S>
     if (!sorted) {
       parallel_pieces(these, std::max<int64_t>(grain_of(these, these * inputs), 16), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          take_ordered(layer.weights_of(r + i), layer.in, 0, layer.seen(r + i), ordered + i * inputs);
+          const int64_t next = std::min(r + i + 1, outputs - 1);
+          take_ordered(layer.weights_of(r + i), layer.weights_of(next), layer.in, 0, layer.seen(r + i),
+                       ordered + i * inputs);
         }
       });
     }

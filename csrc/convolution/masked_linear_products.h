@@ -15,6 +15,7 @@ template <typename T>
 constexpr int64_t panel = tile_vectors * lanes<T>;  // columns of an operand that lie together
 constexpr int64_t unit_block = 48;                  // units whose sums a thread forms at a time
 constexpr int64_t depth_block = 128;                // of a panel: 32 KB
+constexpr int64_t depth_most = 2048;                // of the weights that a thread sorts at a time: 384 KB
 
 // Memory of the calling thread that all threads read, apart from the scratch<T> of each; USE tells pieces apart.
 template <typename T, int USE>
@@ -123,16 +124,25 @@ void pack_ordered(const S* x, int64_t rows, const Order& order, T* to) {
   });
 }
 
-// The numbers of a row at `count` places from `at` on.
+// The numbers of a row at `count` places from `at` on. Where places jump, lines of the row are wanted in an order that
+// no prefetcher foresees: `next`, the row that will be asked for after this one, is fetched meanwhile.
 template <typename T, typename S>
-MPKERNELS_INLINE void take_ordered(const S* row, const Order& order, int64_t at, int64_t count, T* to) {
+MPKERNELS_INLINE void take_ordered(const S* row, const S* next, const Order& order, int64_t at, int64_t count, T* to) {
   if (order.identity) {
     int64_t k = 0;
     for (; k + lanes<T> <= count; k += lanes<T>) store<T>(to + k, load<S>(row + at + k));
     for (; k < count; ++k) to[k] = to_compute(row[at + k]);
-  } else {
-    for (int64_t k = 0; k < count; ++k) to[k] = to_compute(row[order.at[at + k]]);
+    return;
   }
+  constexpr int64_t line = 64 / sizeof(S);
+  const int32_t* from = order.at + at;
+  int64_t k = 0;
+  for (; k + line <= count; k += line) {
+    __builtin_prefetch(next + at + k);
+#pragma GCC unroll 32
+    for (int64_t i = 0; i < line; ++i) to[k + i] = to_compute(row[from[k + i]]);
+  }
+  for (; k < count; ++k) to[k] = to_compute(row[from[k]]);
 }
 
 // y[n][unit at place first + m] = c[m][n] + offset[m] for n < rows and m < units; `offset` may be null.

@@ -6,6 +6,7 @@ from mpkernels.convolution.gated_residual_layer import GatedResidualLayer, gated
 from mpkernels.convolution.masked_conv2d import horizontal_stack, masked_conv2d, pixelcnn_mask, vertical_stack
 from mpkernels.convolution.masked_linear import masked_linear
 from mpkernels.convolution.mulaw import mulaw_decode, mulaw_encode
+from mpkernels.convolution.nade import nade_log_prob, nade_sample
 from mpkernels.convolution.wavenet_generate import (
     GenerationInterrupted,
     PackedWaveNet,
@@ -35,6 +36,8 @@ __all__ = [
     "masked_linear",
     "mulaw_decode",
     "mulaw_encode",
+    "nade_log_prob",
+    "nade_sample",
     "pack",
     "pixelcnn_mask",
     "vertical_stack",

@@ -9,6 +9,7 @@ from mpkernels import backends, checks
 from mpkernels.convolution.masked_linear import autograd, reference, schema
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_MOST_UNITS = 2**30  # places in the order of degrees are 32-bit numbers
 
 
 def masked_linear(
@@ -87,8 +88,8 @@ def _check(x, weight, bias, in_degrees, out_degrees, strict) -> None:
         raise ValueError(f"weight: expected {expected}, got {tuple(weight.shape)}")
     outputs, inputs = weight.shape
     for name, size in (("x", inputs), ("weight", outputs)):
-        if size >= 2**31:
-            raise ValueError(f"{name}: expected fewer than 2^31 {'inputs' if name == 'x' else 'outputs'}, got {size}")
+        if size >= _MOST_UNITS:
+            raise ValueError(f"{name}: expected fewer than 2^30 {'inputs' if name == 'x' else 'outputs'}, got {size}")
     if bias is not None:
         checks.same_kind("bias", bias, "x", x)
         checks.shape("bias", bias, (outputs,), "an output each")

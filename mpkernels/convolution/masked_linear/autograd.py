@@ -17,11 +17,13 @@ from mpkernels.convolution.masked_linear import schema
 _OF_X, _OF_WEIGHT, _OF_BIAS = 1, 2, 4  # bits of `needs`
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor | None, *plan: Tensor, backend: str) -> Tensor:
-    """The op on (N, I) rows, differentiable; ``plan`` is order_in, order_out and count."""
+def run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, order_in: Tensor, order_out: Tensor, count: Tensor, *, backend: str
+) -> Tensor:
+    """The op on (N, I) rows, differentiable."""
     if differentiated((x, weight, bias)):
-        return _linear(x, weight, bias, plan, backend)
-    return _forward(x, weight, bias, *plan, backend)
+        return _linear(x, weight, bias, (order_in, order_out, count), backend)
+    return _forward(x, weight, bias, order_in, order_out, count, backend)
 
 
 def _forward(x, weight, bias, order_in, order_out, count, backend):

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from mpkernels.convolution import horizontal_stack, masked_conv2d, vertical_stack
 from python_models import digits
+from python_models.likelihood_training import Training, check_budget, draw_curve, print_result, with_progress
 from python_models.transformer_training import Curve, Progress, train
 
 DATA = ("digits", "photographs")
@@ -49,8 +50,6 @@ PHOTOGRAPHS = {  # wheel, folder in it, files
     "scikit-learn": ("sklearn", "datasets/images", "china.jpg flower.jpg"),
 }
 TRAIN, VALID = 0.7, 0.8  # until which share of a photograph's columns they go; the rest is the test
-WARM_UP, COOL_DOWN = 0.03, 0.5  # shares of the budget
-AVERAGE = 0.05  # weight of the newest weights in their average, at the latest; see Training
 LEAST_LOG_SCALE = -6.0  # of a logistic, where pixels are in [-1, 1]: finer than a level
 PAPERS = {
     "digits": "nats on binarised MNIST, 50,000 digits: PixelCNN 81.45, Gated PixelCNN 81.50 (pytorch-generative)",
@@ -150,7 +149,7 @@ class PixelCNN(nn.Module):
         return h.unflatten(1, (self.config.colors, self.config.outputs))
 
     def log_prob(self, x: Tensor, backend: str | None = None) -> Tensor:
-        """log p of each picture (B, colors, H, W), in nats: (B,)."""
+        """Nats of pictures (B, colors, H, W), as log p: (B,)."""
         outputs = self(x, backend)
         if self.config.mixture == 0:
             return -F.softplus(-x * outputs[:, :, 0]).flatten(1).sum(dim=1)
@@ -172,7 +171,7 @@ def first_bias(config: Config) -> Tensor:
 
 
 def log_mixture(x: Tensor, outputs: Tensor) -> Tensor:
-    """log of the share that a mixture of logistics has in the 256th part around x (and beyond, at 0 and 255).
+    """Logarithm of the share that a mixture of logistics has in the 256th part around x (and beyond, at 0 and 255).
 
     With a and b the upper and the lower edge in units of a logistic, sigmoid(a) - sigmoid(b) is
     sigmoid(a) sigmoid(-b) (1 - e^(b - a)), whose logarithm neither cancels nor overflows.
@@ -311,7 +310,7 @@ def held_out(model: PixelCNN, pictures: Tensor, backend: str | None = None) -> f
 
 # By data: sizes, and what a step takes. Digits are few: much dropout. Patches are many: none.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "digits": ({"dropout": 0.25}, {"batch": 16, "rate": 3e-3, "weight_decay": 0.02}),
+    "digits": ({"dropout": 0.25}, {"batch": 16, "learning_rate": 3e-3, "weight_decay": 0.02}),
     "photographs": (
         {
             "colors": 3,
@@ -323,7 +322,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "mixture": 5,
             "places": False,
         },
-        {"batch": 32, "rate": 3e-3, "weight_decay": 0.01},
+        {"batch": 32, "learning_rate": 3e-3, "weight_decay": 0.01},
     ),
 }
 
@@ -334,7 +333,7 @@ def fit(
     minutes: float | None = None,
     steps: int | None = None,
     batch: int | None = None,
-    rate: float | None = None,
+    learning_rate: float | None = None,
     backend: str | None = None,
     seed: int = 0,
     output: pathlib.Path | None,
@@ -351,7 +350,7 @@ def fit(
         minutes: of training; 4 if neither this nor ``steps`` is given.
         steps: of training, 0 or more, instead of minutes.
         batch: pictures in a step.
-        rate: of AdamW.
+        learning_rate: of AdamW.
         backend: of the convolutions; None chooses.
         seed: of first weights, batches and samples.
         output: a folder for model.pt, samples.png, curve.png and report.json, made if missing; None writes nothing.
@@ -368,14 +367,15 @@ def fit(
         ValueError: an argument is not as said; the message begins with its name.
         FileNotFoundError: a wheel with pictures is not there; the message says how to install it.
     """
-    from python_models.likelihood_training import Training
     from python_models.pixelcnn_sampling import sample_cached, uniform_numbers
 
     if data not in DATA:
         raise ValueError(f"data: expected one of {', '.join(map(repr, DATA))}, got {data!r}")
-    taken, given = SETTINGS[data][1], {"batch": batch, "rate": rate}
+    taken, given = SETTINGS[data][1], {"batch": batch, "learning_rate": learning_rate}
     taken = taken | {name: value for name, value in given.items() if value is not None}
-    _check(minutes, steps, taken["batch"], samples)
+    check_budget(minutes, steps, batch=taken["batch"])
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+        raise ValueError(f"samples: expected an integer of at least 0, got {samples!r}")
     config = configure(SETTINGS[data][0] | sizes)
     started = time.perf_counter()
     pictures = load(data, taken["batch"], seed) if pictures is None else pictures
@@ -389,16 +389,19 @@ def fit(
             model,
             pictures.train,
             lambda model, x: -model.log_prob(x, backend).mean() / values,
-            rate=taken["rate"],
+            rate=taken["learning_rate"],
             weight_decay=taken["weight_decay"],
             shown=float(values) if unit == "nats" else 1 / math.log(2),
         )
         quick = pictures.valid[:: -(-len(pictures.valid) // 250)]  # enough to choose by
-        validate = lambda: training.validate(lambda model: held_out(model, quick, backend))  # noqa: E731
+
+        def validate() -> float:
+            return training.validate(lambda model: held_out(model, quick, backend))
+
         curve = train(training, validate, steps, minutes, progress)
     model = training.finish()
     evaluating = time.perf_counter()
-    found = {name: held_out(model, part, backend) for name, part in (("validation", pictures.valid), ("test", pictures.test))}
+    found = {name: held_out(model, getattr(pictures, name), backend) for name in ("valid", "test")}
     sampling = time.perf_counter()
     drawn = sample_cached(model, uniform_numbers(config, samples, seed)) if samples else None
     result = {
@@ -410,7 +413,7 @@ def fit(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps_done": len(curve.losses),
         "interrupted": curve.interrupted,
-        "figures": {unit: found["test"], f"{unit}_validation": found["validation"]},
+        "figures": {unit: found["test"], f"{unit}_validation": found["valid"]},
         "unit": unit,
         "baselines": pictures.baselines,
         "earlier_models": earlier_models(others) if data == "digits" and others is not None else {},
@@ -456,14 +459,6 @@ def configure(sizes: dict[str, Any]) -> Config:
     return config
 
 
-def _check(minutes: float | None, steps: int | None, batch: int, samples: int) -> None:
-    for name, value, least in (("steps", steps, 0), ("batch", batch, 1), ("samples", samples, 0)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-    if minutes is not None and (steps is not None or not 0 < minutes < math.inf):
-        raise ValueError(f"minutes: expected a positive number, and no steps, got {minutes!r} and steps={steps!r}")
-
-
 def earlier_models(folder: pathlib.Path) -> dict[str, float]:
     """Nats of digits by the models before this one, where they were trained: from their report.json."""
     found = {}
@@ -481,7 +476,7 @@ def _write(
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     torch.save({"config": dataclasses.asdict(model.config), "model": model.state_dict()}, output / MODEL)
-    _draw_curve(curve, result, output / CURVE)
+    draw_curve(curve, result, output / CURVE, top=2.5 * result["figures"][result["unit"]])
     unit = result["unit"].replace("_", " ")
     caption = f"{result['figures'][result['unit']]:.2f} {unit} of pictures that were held out."
     result["pictures"] = [{"file": CURVE, "title": f"{unit} while training", "caption": caption}]
@@ -493,23 +488,6 @@ def _write(
     (output / "report.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _draw_curve(curve: Curve, result: dict, path: pathlib.Path) -> None:
-    from matplotlib.figure import Figure
-
-    unit = result["unit"]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel=unit.replace("_", " "))
-    axes.plot(curve.losses, color="0.8", linewidth=0.8, label="a training step")
-    axes.plot(*zip(*curve.validation, strict=True) if curve.validation else ([], []), marker=".", label="validation")
-    for number, (name, value) in enumerate((result["baselines"] | result["earlier_models"]).items()):
-        if name != "uniform":
-            axes.axhline(value, linestyle=":", color=f"C{number + 1}", label=name)
-    axes.axhline(result["figures"][unit], color="black", label="the model, held out")
-    axes.set_ylim(0, 2.5 * result["figures"][unit])
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
 def load_model(folder: pathlib.Path) -> PixelCNN:
     """The model that :func:`fit` wrote to this folder."""
     path = pathlib.Path(folder) / MODEL
@@ -519,3 +497,53 @@ def load_model(folder: pathlib.Path) -> PixelCNN:
     model = PixelCNN(Config(**saved["config"]))
     model.load_state_dict(saved["model"])
     return model.eval()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train gated PixelCNNs on digits and on patches of photographs.")
+    parser.add_argument("--data", choices=(*DATA, "both"), default="both")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("out/pixelcnn"), help="folder to write")
+    parser.add_argument("--minutes", type=float, help="of training on each (4 if neither this nor --steps is given)")
+    parser.add_argument("--steps", type=int, help="of training on each, instead of minutes")
+    parser.add_argument("--batch", type=int, help="pictures in a step")
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=40, help="pictures to draw")
+    parser.add_argument("--backend", help="of mpkernels.convolution")
+    for field in dataclasses.fields(Config):
+        kind = {"float": float, "int": int}.get(str(field.type))
+        if kind is not None and field.name not in ("colors", "side"):
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help="of the model")
+    text = "train nothing: how much faster do the models in --output sample when they keep what they computed?"
+    parser.add_argument("--compare-sampling", action="store_true", help=text)
+    return parser
+
+
+def main() -> None:
+    """The command line: trains with a progress bar, then prints the figures; or compares two ways of sampling."""
+    from python_models.pixelcnn_sampling import compare_sampling
+
+    parser = _parser()
+    options = vars(parser.parse_args())
+    data, compare, output = options.pop("data"), options.pop("compare_sampling"), options.pop("output")
+    for name in DATA if data == "both" else (data,):
+        try:
+            if compare:
+                found = compare_sampling(load_model(output / name), seed=options["seed"], backend=options["backend"])
+                print(f"{name}:", ", ".join(f"{key.replace('_', ' ')} {value:.5g}" for key, value in found.items()))
+                continue
+            given = {key: value for key, value in options.items() if value is not None}
+            unit = "nats" if name == "digits" else "bits per dimension"
+            result = with_progress(
+                lambda progress: fit(name, output=output / name, others=output.parent, progress=progress, **given),  # noqa: B023
+                unit,
+            )
+        except (ValueError, FileNotFoundError) as error:
+            parser.error(str(error))
+        print_result(result, output / name)
+        if result["interrupted"]:
+            raise SystemExit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,6 @@ import statistics
 import time
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from python_models.pixelcnn import Config, Layer, PixelCNN, draw, gate
@@ -80,7 +79,7 @@ class _LayerCache:
 
     def begin_row(self, row: int, place: Tensor | None) -> Tensor:
         """Computes the vertical stack for all columns of a row; returns what the next layer reads of it."""
-        batch, _, padded, inputs = self.above.shape
+        batch, _, padded, _ = self.above.shape
         width = padded - 2 * self.reach
         windows = self.above[:, row : row + self.rows].unfold(2, 2 * self.reach + 1, 1)
         windows = windows.permute(0, 2, 1, 4, 3).reshape(batch * width, -1)  # (B W, rows taps inputs)

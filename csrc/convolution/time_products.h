@@ -344,5 +344,113 @@ void add_weight_pieces(const T* sums, int64_t pieces, int64_t stride, int64_t ta
   });
 }
 
+// Calls f with a number of the type of x.
+template <typename F>
+void dispatch_floating(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Half{});
+    default:
+      STD_TORCH_CHECK(false, "convolution: no CPU kernel for this dtype");
+  }
+}
+
+// (B, channels, T), in the memory order (B, T, channels) where `channels_last`
+inline Tensor empty_sequences(const Tensor& like, int64_t channels, int64_t length, bool channels_last,
+                              std::optional<ScalarType> dtype = std::nullopt) {
+  if (!channels_last) return empty({like.size(0), channels, length}, like, dtype);
+  return torch::stable::transpose(empty({like.size(0), length, channels}, like, dtype), 1, 2);
+}
+
+// Of a convolution of (B, channels, T) to (B, outputs, T).
+struct Sizes {
+  int64_t batch, channels, length, outputs, taps, groups;
+  int64_t group_channels, group_outputs;
+
+  Sizes(const Tensor& x, int64_t outputs, int64_t taps, int64_t groups)
+      : batch(x.size(0)),
+        channels(x.size(1)),
+        length(x.size(2)),
+        outputs(outputs),
+        taps(taps),
+        groups(groups),
+        group_channels(channels / groups),
+        group_outputs(outputs / groups) {}
+};
+
+// Calls body(b, group, t, count) for every 64 positions of [begin, end) of every sequence and group, in parallel.
+template <typename Body>
+void each_panel(const Sizes& n, int64_t begin, int64_t end, const Body& body) {
+  const int64_t panels = (end - begin + panel_columns - 1) / panel_columns;
+  const int64_t grain = std::clamp<int64_t>(panels / 64, 1, 4);
+  parallel_pieces(n.batch * n.groups * panels, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t t = begin + i % panels * panel_columns, sequence = i / panels;
+      body(sequence / n.groups, sequence % n.groups, t, std::min(panel_columns, end - t));
+    }
+  });
+}
+
+// What the convolution makes of `gradient`, returned to its inputs: `to` for the positions [begin, end), whose memory
+// begins with the first of them. Calls finish(panel, b, channel, t) before 64 positions of a group are written.
+template <typename S, typename G, typename T = Compute<S>, typename Finish>
+void input_gradient(const Sizes& n, const Signal<const G>& gradient, const T* weights, const Taps& mirrored,
+                    const Signal<S>& to, int64_t begin, int64_t end, const Finish& finish) {
+  each_panel(n, begin, end, [&](int64_t b, int64_t group, int64_t t, int64_t count) {
+    const T* of_group = weights + group * n.group_outputs * n.group_channels * n.taps;
+    const Panels<T> panels(scratch<T>(Panels<T>::size(n.group_channels)), n.group_channels);
+    convolve<G>(gradient, b, group * n.group_outputs, n.group_outputs, mirrored,
+                {{of_group, n.taps, n.group_channels * n.taps}, 1}, n.group_channels, t, count, panels, false);
+    finish(panels, b, t);
+    unpack<S>(panels.result, to, b, group * n.group_channels, n.group_channels, t - begin, count);
+  });
+}
+template <typename S, typename G, typename T = Compute<S>>
+void input_gradient(const Sizes& n, const Signal<const G>& gradient, const T* weights, const Taps& mirrored,
+                    const Signal<S>& to, int64_t begin, int64_t end) {
+  input_gradient<S, G>(n, gradient, weights, mirrored, to, begin, end, [](const Panels<T>&, int64_t, int64_t) {});
+}
+
+// The gradients of a convolution's weight and bias (either may be null).
+template <typename S, typename G, typename T = Compute<S>>
+void weight_gradient(const Sizes& n, const Signal<const S>& x, const Signal<const G>& gradient, const Taps& taps,
+                     S* weight, S* bias) {
+  const int64_t row = WeightSums<S>::row(n.group_outputs);
+  const int64_t products = weight == nullptr ? 0 : WeightSums<S>::size(n.taps, n.group_channels, n.group_outputs);
+  const int64_t each = products + row;
+  const Pieces pieces(n.batch, n.length, each * n.groups);
+  const int64_t count = n.batch * pieces.of_sequence;
+  const auto sums = std::make_unique<T[]>(static_cast<size_t>(count * n.groups * each));  // zeros
+  parallel_pieces(count * n.groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / count, piece = i % count;
+      const Range at = pieces.of(piece % pieces.of_sequence, n.length);
+      T* of_piece = sums.get() + i * each;
+      const Taps wanted{weight == nullptr ? 0 : taps.count, taps.first, taps.step};
+      add_weight_sums<S, G>(x, gradient, piece / pieces.of_sequence, group * n.group_channels, n.group_channels,
+                            group * n.group_outputs, n.group_outputs, wanted, at.begin, at.end - at.begin, of_piece,
+                            bias == nullptr ? nullptr : of_piece + products,
+                            scratch<T>(WeightSums<S>::work(n.group_outputs, n.group_channels)));
+    }
+  });
+  for (int64_t group = 0; group < n.groups; ++group) {
+    const T* from = sums.get() + group * count * each;
+    const int64_t first = group * n.group_outputs;
+    if (weight != nullptr) {
+      S* to = weight + first * n.group_channels * n.taps;
+      add_weight_pieces<S>(from, count, each, n.taps, n.group_channels, n.group_outputs, to);
+    }
+    if (bias != nullptr) {
+      add_pieces(from + products, count, each, n.group_outputs, [&](int64_t i, T x) { bias[first + i] = S(x); });
+    }
+  }
+}
+
 }  // namespace convolution
 }  // namespace mpkernels

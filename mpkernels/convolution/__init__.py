@@ -2,5 +2,32 @@
 
 from mpkernels.convolution.dilated_conv1d import dilated_conv1d
 from mpkernels.convolution.gated_residual_layer import GatedResidualLayer, gated_residual_layer
+from mpkernels.convolution.mulaw import mulaw_decode, mulaw_encode
+from mpkernels.convolution.wavenet_generate import (
+    GenerationInterrupted,
+    PackedWaveNet,
+    WaveNetLayer,
+    WaveNetOutput,
+    WaveNetState,
+    WaveNetWeights,
+    pack,
+    wavenet_generate,
+    wavenet_sample,
+)
 
-__all__ = ["GatedResidualLayer", "dilated_conv1d", "gated_residual_layer"]
+__all__ = [
+    "GatedResidualLayer",
+    "GenerationInterrupted",
+    "PackedWaveNet",
+    "WaveNetLayer",
+    "WaveNetOutput",
+    "WaveNetState",
+    "WaveNetWeights",
+    "dilated_conv1d",
+    "gated_residual_layer",
+    "mulaw_decode",
+    "mulaw_encode",
+    "pack",
+    "wavenet_generate",
+    "wavenet_sample",
+]

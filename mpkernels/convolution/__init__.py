@@ -2,6 +2,7 @@
 
 from mpkernels.convolution.dilated_conv1d import dilated_conv1d
 from mpkernels.convolution.gated_residual_layer import GatedResidualLayer, gated_residual_layer
+from mpkernels.convolution.masked_conv2d import horizontal_stack, masked_conv2d, pixelcnn_mask, vertical_stack
 from mpkernels.convolution.mulaw import mulaw_decode, mulaw_encode
 from mpkernels.convolution.wavenet_generate import (
     GenerationInterrupted,
@@ -25,9 +26,13 @@ __all__ = [
     "WaveNetWeights",
     "dilated_conv1d",
     "gated_residual_layer",
+    "horizontal_stack",
+    "masked_conv2d",
     "mulaw_decode",
     "mulaw_encode",
     "pack",
+    "pixelcnn_mask",
+    "vertical_stack",
     "wavenet_generate",
     "wavenet_sample",
 ]

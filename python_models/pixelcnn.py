@@ -296,7 +296,7 @@ def png_bits(pictures: list[Tensor]) -> float:
     size = 0
     for picture in pictures:
         file = io.BytesIO()
-        Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(file, "png", optimize=True)
+        Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(file, "png")
         size += 8 * len(file.getvalue())
     return size / sum(picture.numel() for picture in pictures)
 

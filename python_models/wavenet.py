@@ -163,7 +163,7 @@ class WaveNet(nn.Module):
     @torch.no_grad()
     def bits(self, classes: Tensor, backend: str | None = None) -> Tensor:
         """-log2 p of each sample of a whole recording (T,), read in pieces, each from where the last has stopped."""
-        before = torch.cat([classes.new_tensor([SILENCE]), classes[:-1]])
+        before = torch.cat([classes.new_tensor([SILENCE]), classes])[: len(classes)]
         found, states = [], None
         for inputs, targets in zip(before.split(PIECE), classes.split(PIECE), strict=True):
             logits, states = self(inputs[None], states, backend)
@@ -468,6 +468,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=int, default=default)
     for field in dataclasses.fields(Config):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of sound to generate after training")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--backend", help="of mpkernels.convolution")
     parser.add_argument("--generate", type=float, metavar="SECONDS", help="train nothing: by the model in --output")

@@ -1,4 +1,4 @@
-"""The PixelCNN: what its outputs may depend on, both ways of sampling, its likelihoods, its pictures and its command."""
+"""The PixelCNN: what its outputs may depend on, both ways of sampling, likelihoods, its pictures and its command."""
 
 import json
 import math

@@ -57,7 +57,7 @@ def uniform(seed: Tensor, step: int, sequences: Tensor, draw: int) -> Tensor:
     """Numbers in (0, 1), float64, one for each of the (B,) sequences."""
     zero = torch.zeros_like(sequences)
     counter = (zero + (step & WORD), sequences, zero + draw, zero + (step >> 32))
-    return ((philox(counter, key_of(seed))[0] >> 8) + 0.5) * 2.0**-24
+    return ((philox(counter, key_of(seed))[0] >> 8).double() + 0.5) * 2.0**-24
 
 
 def sample(logits: Tensor, seed: Tensor, step: int, first_sequence: int, temperature: float, mixture: bool) -> Tensor:

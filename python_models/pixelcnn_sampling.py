@@ -107,6 +107,29 @@ class _LayerCache:
         return out
 
 
+class _Linear:
+    """The linear prediction that means of logistics have added, from what the first layer keeps of the picture."""
+
+    def __init__(self, model: PixelCNN, first: _LayerCache) -> None:
+        self.first, self.above = first, model.above[:, :, 0].flatten(1).T  # (inputs taps, colors)
+        self.left = model.left[:, :, 0, :2].permute(2, 1, 0).flatten(0, 1)  # (taps inputs, colors)
+        self.inputs = model.left.shape[1]
+        self.row = self.above
+
+    def begin_row(self, row: int) -> None:
+        """What the row above says about all columns."""
+        reach = self.first.reach
+        columns = self.first.above.shape[2] - 2 * reach
+        windows = self.first.above[:, reach + row - 1, reach - 1 : reach + columns + 1].unfold(1, 3, 1)
+        self.row = windows.flatten(2) @ self.above  # (B, columns, colors)
+
+    def pixel(self, column: int, color: int) -> Tensor:
+        """(B, 1)"""
+        at, seen = self.first.reach + column, self.inputs + 2 * color
+        window = self.first.left[:, at - 1 : at + 1].flatten(1)[:, :seen]
+        return torch.addmm(self.row[:, column, color : color + 1], window, self.left[:seen, color : color + 1])
+
+
 @torch.no_grad()
 def sample_cached(model: PixelCNN, uniform: Tensor) -> Tensor:
     """The pictures of :func:`sample_naive`, each activation computed once."""
@@ -119,13 +142,15 @@ def sample_cached(model: PixelCNN, uniform: Tensor) -> Tensor:
     last = x.new_zeros(batch, config.width)  # of a pixel, after its relu
     found = x.new_zeros(batch, config.hidden)
     first = caches[0]
-    # channels of the first layer: each colour, then ones inside of the picture; a row is known when it is drawn
+    linear = _Linear(model, first) if config.mixture > 0 else None
     for row in range(height):
         read = None
         for i, cache in enumerate(caches):
             if read is not None:
                 cache.above[:, cache.reach + row, cache.reach : cache.reach + width] = read
             read = cache.begin_row(row, model.places if i == 0 else None)
+        if linear is not None:
+            linear.begin_row(row)
         for column in range(width):
             for color in range(colors):
                 for cache, following in zip(caches, [*caches[1:], None], strict=True):
@@ -138,6 +163,8 @@ def sample_cached(model: PixelCNN, uniform: Tensor) -> Tensor:
                 found[:, part] = at.relu_()
                 seen, part = (color + 1) * hidden_block, slice(color * config.outputs, (color + 1) * config.outputs)
                 outputs = torch.addmm(model.out_bias[part], found[:, :seen], out[:seen, part])
+                if linear is not None:
+                    outputs[:, config.mixture : 2 * config.mixture] += linear.pixel(column, color)
                 value = draw(outputs, uniform[:, color, row, column])
                 x[:, color, row, column] = value
                 first.left[:, first.reach + column, 2 * color] = value

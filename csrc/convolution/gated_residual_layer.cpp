@@ -60,12 +60,13 @@ struct Layer {
   int64_t rows() const { return residuals + skips; }
 };
 
-// C (rows, 64) = or += A (rows, depth) B (depth, 64), the depth in parts that stay in the first cache
+// C (rows, 64) = A (rows, depth) B (depth, 64) for `count` columns, the depth in parts that stay in the first cache
 template <typename T>
-void multiply_panel(const Left<T>& a, const T* b, T* c, int64_t rows, int64_t depth, bool accumulate) {
+void multiply_panel(const Left<T>& a, const T* b, T* c, int64_t rows, int64_t depth, int64_t count) {
+  const int64_t vectors = (count + lanes<T> - 1) / lanes<T>;
   for (int64_t k = 0; k < depth; k += panel_depth) {
     multiply<T>({a.data + k * a.depth, a.row, a.depth}, b + k * panel_columns, panel_columns, c, panel_columns, rows,
-                panel_columns / lanes<T>, std::min(panel_depth, depth - k), accumulate || k > 0);
+                vectors, std::min(panel_depth, depth - k), k > 0);
   }
 }
 
@@ -111,11 +112,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
         add_rows<T>(z.result, 2 * in.gates, in.offset.get() + b * in.offset_stride);
       }
       if (keep) unpack<T>(z.result, to_gates, b, 0, 2 * in.gates, t, count);
-      for (int64_t i = 0; i < h_size; i += lanes<T>) {
-        const Vector<T> filter = load_raw(z.result + i), gate = load_raw(z.result + h_size + i);
-        store<T>(h + i, hyperbolic_tangent<T>(filter) * sigmoid<T>(gate));
+      for (int64_t g = 0; g < h_size; g += panel_columns) {
+        for (int64_t i = g; i < g + count; i += lanes<T>) {
+          const Vector<T> filter = load_raw(z.result + i), gate = load_raw(z.result + h_size + i);
+          store<T>(h + i, hyperbolic_tangent<T>(filter) * sigmoid<T>(gate));
+        }
       }
-      multiply_panel<T>({in.projection.get(), in.gates, 1}, h, out, in.rows(), in.gates, false);
+      multiply_panel<T>({in.projection.get(), in.gates, 1}, h, out, in.rows(), in.gates, count);
       if (in.projection_bias.get() != nullptr) add_rows<T>(out, in.rows(), in.projection_bias.get());
       if (in.residuals > 0) {
         pack<S>(in.x, b, 0, in.channels, t, input);
@@ -168,7 +171,7 @@ struct GateGradient {
         }
       }
       if (skip.data != nullptr) read(skip, in.skips, out + in.residuals * panel_columns);
-      multiply_panel<T>({in.projection.get(), 1, in.gates}, out, of_h, in.gates, in.rows(), false);
+      multiply_panel<T>({in.projection.get(), 1, in.gates}, out, of_h, in.gates, in.rows(), panel_columns);
       Signal<const T> z_from = gates;
       z_from.length = t + count;
       pack<T>(z_from, b, 0, 2 * in.gates, t, z_panel);

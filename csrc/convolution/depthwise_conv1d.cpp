@@ -57,11 +57,10 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
   dispatch(x, [&](auto element) {
     using S = decltype(element);
     const Problem<S> in(x, weight, bias, state, seq_idx, dilation, silu, channels_last);
-    if (channels_last) {
-      forward_columns(in, pointer<S>(out));
-    } else {
-      dispatch_taps(in.taps, [&](auto taps) { forward_rows<S, decltype(taps)::value>(in, pointer<S>(out)); });
-    }
+    dispatch_taps(in.taps, [&](auto constant) {
+      constexpr int K = decltype(constant)::value;
+      channels_last ? forward_columns<S, K>(in, pointer<S>(out)) : forward_rows<S, K>(in, pointer<S>(out));
+    });
   });
   return out;
 }
@@ -120,11 +119,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
                           needs_x ? pointer<S>(of_x) : nullptr,
                           needs_state ? pointer<S>(of_state) : nullptr,
                           sums ? pointer<T>(parts) : nullptr};
-    if (channels_last) {
-      backward_columns(in, to);
-    } else {
-      dispatch_taps(taps, [&](auto constant) { backward_rows<S, decltype(constant)::value>(in, to); });
-    }
+    dispatch_taps(taps, [&](auto constant) {
+      constexpr int K = decltype(constant)::value;
+      channels_last ? backward_columns<S, K>(in, to) : backward_rows<S, K>(in, to);
+    });
     if (sums) {
       add_parts<T>(pointer<T>(parts), pieces, taps, channels, needs_weight ? pointer<T>(of_weight) : nullptr,
                    needs_bias ? pointer<T>(of_bias) : nullptr);
@@ -167,10 +165,10 @@ struct Step {
           gather(from, stride, channels, rows + k * channels);
           from = rows + k * channels;
         }
-        sources[k] = {from, weights.weight(k), k};
+        sources[k] = {from, k};
       }
       S* to = length == 1 ? out : rows + taps * channels;
-      forward_any<S>(sources.data(), taps, weights.weight(taps), channels, silu, false, to);
+      forward_listed<S>(sources.data(), taps, weights, channels, silu, to);
       if (length > 1) {
         for (int64_t c = 0; c < channels; ++c) out[c * length + t] = to[c];
       }

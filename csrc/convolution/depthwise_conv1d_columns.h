@@ -1,7 +1,8 @@
 // Depthwise convolution with channels last: a vector holds neighbouring channels at one position.
 //
-// Decomposition: threads take pieces of positions; backward, of a block of channels too, so that the gradients of y of a
-// piece stay in the cache. Which taps exist is settled once for all channels of a position: a list of them is summed.
+// Decomposition: threads take pieces of positions; backward, of a block of channels too, so that the gradients of y of
+// a piece stay in the cache. Four positions that have all their taps go through together, which reads their weights
+// once; for the others (the first `left`, rows with sequences) the taps that exist are listed, and the list is summed.
 #pragma once
 
 #include "convolution/depthwise_conv1d.h"
@@ -11,33 +12,37 @@
 namespace mpkernels {
 namespace depthwise_conv1d {
 
-// weight (K, C) and bias (C,), zeros without one: what vectors of channels read.
+constexpr int together = 4;  // positions
+
+// weight and bias as vectors of channels read them: of each vector its K taps, then its bias (0 without one).
 template <typename T>
 struct ByTap {
+  static constexpr int64_t L = lanes<T>;
   std::vector<T> values;
-  int64_t channels;
+  int64_t taps;
 
-  ByTap(const T* weight, const T* bias, int64_t taps, int64_t channels_) : channels(channels_) {
-    values.resize(static_cast<size_t>((taps + 1) * channels + lanes<T>));
-    for (int64_t k = 0; k < taps; ++k) {
-      for (int64_t c = 0; c < channels; ++c) values[k * channels + c] = weight[c * taps + k];
+  ByTap(const T* weight, const T* bias, int64_t taps_, int64_t channels) : taps(taps_) {
+    values.resize(static_cast<size_t>((channels + L - 1) / L * L * (taps + 1)));
+    for (int64_t c = 0; c < channels; ++c) {
+      T* to = values.data() + c / L * L * (taps + 1) + c % L;
+      for (int64_t k = 0; k < taps; ++k) to[k * L] = weight[c * taps + k];
+      to[taps * L] = bias == nullptr ? T(0) : bias[c];
     }
-    if (bias != nullptr) std::copy(bias, bias + channels, values.begin() + taps * channels);
   }
-  const T* weight(int64_t k) const { return values.data() + k * channels; }
+  // those of channel c on, a multiple of L
+  const T* at(int64_t c) const { return values.data() + c * (taps + 1); }
 };
 
-// A tap that exists: its inputs and its weights of all channels.
+// A tap that exists: its inputs of all channels.
 template <typename S>
 struct Source {
   const S* x;
-  const Compute<S>* weight;
   int64_t k;
 };
 
 // The taps that position t of row b has, oldest first. (count <= K)
 template <typename S>
-int64_t sources_of(const Problem<S>& in, const ByTap<Compute<S>>& weights, int64_t b, int64_t t, Source<S>* sources) {
+int64_t sources_of(const Problem<S>& in, int64_t b, int64_t t, int64_t first_channel, Source<S>* sources) {
   const int32_t* seq = in.sequences(b);
   int64_t count = 0;
   for (int64_t k = 0; k < in.taps; ++k) {
@@ -45,80 +50,115 @@ int64_t sources_of(const Problem<S>& in, const ByTap<Compute<S>>& weights, int64
     if (p < 0 && in.state == nullptr) continue;
     if (seq != nullptr && (seq[t] < 0 || seq[std::max<int64_t>(p, 0)] != seq[t])) continue;
     const S* x = p >= 0 ? in.x + b * in.x_batch + p * in.x_line : in.state + (b * in.left + in.left + p) * in.channels;
-    sources[count++] = {x, weights.weight(k), k};
+    sources[count++] = {x + first_channel, k};
   }
   return count;
 }
 
-// y of `width` channels from c on (only the first `width` lanes count). N: the sources, where compiled in, else 0.
-template <typename S, int N>
-MPKERNELS_INLINE Vector<Compute<S>> sum_of(const Source<S>* sources, int64_t count, const Compute<S>* bias, int64_t c,
-                                           int64_t width) {
+// y of `width` channels from c on (only the first `width` lanes count); `weights` are those of the vector.
+template <typename S>
+MPKERNELS_INLINE Vector<Compute<S>> sum_of(const Source<S>* sources, int64_t count, const Compute<S>* weights,
+                                           int64_t taps, int64_t c, int64_t width) {
   using T = Compute<S>;
   Vector<T> sum{};
-  const int64_t n = N > 0 ? N : count;
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < n; ++i) {
-    sum = load_first<T>(sources[i].weight + c, width) * load_first<S>(sources[i].x + c, width) + sum;
+  for (int64_t i = 0; i < count; ++i) {
+    sum = load<T>(weights + sources[i].k * lanes<T>) * load_first<S>(sources[i].x + c, width) + sum;
   }
-  return sum + load_first<T>(bias + c, width);
+  return sum + load<T>(weights + taps * lanes<T>);
 }
 
-template <typename S, int N>
-void forward_position(const Source<S>* given, int64_t count, const Compute<S>* bias, int64_t channels, bool silu,
-                      bool streamed, S* out) {
+// The outputs of one position, from a list of taps.
+template <typename S>
+void forward_listed(const Source<S>* sources, int64_t count, const ByTap<Compute<S>>& weights, int64_t channels,
+                    bool silu, S* out) {
   using T = Compute<S>;
   constexpr int64_t L = lanes<T>;
-  Source<S> local[N > 0 ? N : 1];
-  if constexpr (N > 0) std::copy(given, given + N, local);
-  const Source<S>* sources = N > 0 ? local : given;
-  int64_t c = 0;
-  for (; c + L <= channels; c += L) {
-    const Vector<T> y = activation<T>(sum_of<S, N>(sources, count, bias, c, L), silu);
-    if (streamed) {
-      stream_first<S>(out + c, y, L);
-    } else {
-      store<S>(out + c, y);
+  for (int64_t c = 0; c < channels; c += L) {
+    const int64_t width = std::min(L, channels - c);
+    store_first<S>(out + c, activation<T>(sum_of<S>(sources, count, weights.at(c), weights.taps, c, width), silu),
+                   width);
+  }
+}
+
+// y of `together` positions at the channels from x on, whose first position is at x.
+template <typename S, int K>
+struct Several {
+  using T = Compute<S>;
+  Vector<T> y[together];
+
+  MPKERNELS_INLINE Several(const S* x, int64_t line, int64_t left, int64_t step, const T* weights, int64_t taps_,
+                           int64_t width) {
+    const int64_t taps = K > 0 ? K : taps_;
+    for (int r = 0; r < together; ++r) y[r] = Vector<T>{};
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < taps; ++k) {
+      const Vector<T> weight = load<T>(weights + k * lanes<T>);
+      const S* from = x - left + k * step;
+#pragma GCC unroll 4
+      for (int r = 0; r < together; ++r) y[r] = weight * load_first<S>(from + r * line, width) + y[r];
     }
+    const Vector<T> bias = load<T>(weights + taps * lanes<T>);
+    for (int r = 0; r < together; ++r) y[r] += bias;
   }
-  if (c < channels) {
-    store_first<S>(out + c, activation<T>(sum_of<S, N>(sources, count, bias, c, channels - c), silu), channels - c);
-  }
+};
+
+template <typename S, int K>
+void forward_several(const Problem<S>& in, const ByTap<Compute<S>>& weights, const S* x, bool streamed, S* out) {
+  using T = Compute<S>;
+  constexpr int64_t L = lanes<T>;
+  const int64_t line = in.x_line, left = in.left * line, step = in.dilation * line, channels = in.channels;
+  const bool silu = in.silu;
+  const auto vectors = [&](int64_t c, int64_t width) {
+    const Several<S, K> found(x + c, line, left, step, weights.at(c), in.taps, width);
+#pragma GCC unroll 4
+    for (int r = 0; r < together; ++r) {
+      S* to = out + r * channels + c;
+      if (streamed) {
+        stream_first<S>(to, activation<T>(found.y[r], silu), width);
+      } else {
+        store_first<S>(to, activation<T>(found.y[r], silu), width);
+      }
+    }
+  };
+  int64_t c = 0;
+  for (; c + L <= channels; c += L) vectors(c, L);
+  if (c < channels) vectors(c, channels - c);
 }
 
+// Whether `together` positions from t on have all their taps, in front of `end`.
 template <typename S>
-void forward_any(const Source<S>* sources, int64_t count, const Compute<S>* bias, int64_t channels, bool silu,
-                 bool streamed, S* out) {
-  switch (count) {
-    case 2:
-      return forward_position<S, 2>(sources, count, bias, channels, silu, streamed, out);
-    case 3:
-      return forward_position<S, 3>(sources, count, bias, channels, silu, streamed, out);
-    case 4:
-      return forward_position<S, 4>(sources, count, bias, channels, silu, streamed, out);
-    default:
-      return forward_position<S, 0>(sources, count, bias, channels, silu, streamed, out);
-  }
+bool all_taps(const Problem<S>& in, int64_t t, int64_t end) {
+  return in.seq_idx == nullptr && t >= in.left && t + together <= end;
 }
 
-template <typename S>
+template <typename S, int K>
 void forward_columns(const Problem<S>& in, S* out) {
   using T = Compute<S>;
   const ByTap<T> weights(in.weight, in.bias, in.taps, in.channels);
   constexpr int64_t piece_elements = 1 << 15;
-  const int64_t piece = std::max<int64_t>(1, piece_elements / std::max<int64_t>(in.channels, 1));
+  const int64_t most = std::max<int64_t>(together, piece_elements / std::max<int64_t>(in.channels, 1));
+  const int64_t piece = (most + together - 1) / together * together, pieces = (in.length + piece - 1) / piece;
   const bool streamed = in.batch * in.channels * in.length * static_cast<int64_t>(sizeof(S)) > streamed_bytes;
-  parallel_pieces(in.batch * in.length, piece, [&](int64_t first, int64_t last) {
+  const int64_t grain = std::max<int64_t>(1, piece / in.length);
+  parallel_pieces(in.batch * pieces, grain, [&](int64_t first, int64_t last) {
     std::vector<Source<S>> sources(static_cast<size_t>(in.taps));
-    for (int64_t index = first; index < last; ++index) {
-      const int64_t b = index / in.length, t = index % in.length;
-      S* to = out + index * in.channels;
-      if (in.seq_idx != nullptr && in.sequences(b)[t] < 0) {
-        std::fill(to, to + in.channels, static_cast<S>(0.0f));
-        continue;
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t b = task / pieces, begin = task % pieces * piece, end = std::min(in.length, begin + piece);
+      for (int64_t t = begin; t < end;) {
+        S* to = out + (b * in.length + t) * in.channels;
+        if (all_taps(in, t, end)) {
+          forward_several<S, K>(in, weights, in.x + b * in.x_batch + t * in.x_line, streamed, to);
+          t += together;
+          continue;
+        }
+        if (in.seq_idx != nullptr && in.sequences(b)[t] < 0) {
+          std::fill(to, to + in.channels, static_cast<S>(0.0f));
+        } else {
+          const int64_t count = sources_of(in, b, t, 0, sources.data());
+          forward_listed<S>(sources.data(), count, weights, in.channels, in.silu, to);
+        }
+        ++t;
       }
-      const int64_t count = sources_of(in, weights, b, t, sources.data());
-      forward_any<S>(sources.data(), count, weights.weight(in.taps), in.channels, in.silu, streamed, to);
     }
     if (streamed) finish_streams();
   });
@@ -139,80 +179,165 @@ struct ColumnPieces {
   }
 };
 
-// An output that an input goes into: its gradient, and the weight between them.
-template <typename T>
-struct Target {
-  const T* of_y;
-  const T* weight;
+// A block of channels of a row: gradients of y of [begin, stop) are kept in `of_y`, `line` apart, sums for weight and
+// bias in `sums`, K + 1 of each vector as ByTap has them.
+template <typename S, int K>
+struct Block {
+  using T = Compute<S>;
+  static constexpr int64_t L = lanes<T>;
+
+  const Problem<S>& in;
+  const Gradients<S>& to;
+  const ByTap<T>& weights;
+  int64_t b, begin, end, stop, channel, channels, line;
+  T* of_y;
+  T* sums;
+  T* parts;            // (K + 1, C) of the piece, or null
+  Source<S>* sources;  // scratch, K
+
+  // Gradients of y at `together` positions from t on, which have all their taps.
+  template <bool Counted>
+  void several_outputs(int64_t t) const {
+    const S* x = in.x + b * in.x_batch + t * in.x_line + channel;
+    const S* gradient = to.of_out + b * to.batch + t * to.line + channel;
+    const int64_t left = in.left * in.x_line, step = in.dilation * in.x_line, taps = K > 0 ? K : in.taps;
+    T* rows = of_y + (t - begin) * line;
+    const bool silu = in.silu;
+    for (int64_t c = 0; c < channels; c += L) {
+      const int64_t width = std::min(L, channels - c);
+      Vector<T> u[together];
+#pragma GCC unroll 4
+      for (int r = 0; r < together; ++r) u[r] = load_first<S>(gradient + r * to.line + c, width);
+      if (silu) {
+        const Several<S, K> found(x + c, in.x_line, left, step, weights.at(channel + c), taps, width);
+#pragma GCC unroll 4
+        for (int r = 0; r < together; ++r) u[r] = of_activation<T>(u[r], found.y[r], true);
+        if (width < L) {
+          for (int r = 0; r < together; ++r) u[r] = select<T>(first_lanes<T>(width), u[r], Vector<T>{});
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < together; ++r) store<T>(rows + r * line + c, u[r]);
+      if (!Counted) continue;
+      T* own = sums + c * (taps + 1);
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < taps; ++k) {
+        Vector<T> sum = load<T>(own + k * L);
+        const S* from = x - left + k * step + c;
+#pragma GCC unroll 4
+        for (int r = 0; r < together; ++r) sum = u[r] * load_first<S>(from + r * in.x_line, width) + sum;
+        store<T>(own + k * L, sum);
+      }
+      store<T>(own + taps * L, load<T>(own + taps * L) + u[0] + u[1] + u[2] + u[3]);
+    }
+  }
+
+  // Gradients of y at position t, from a list of taps.
+  void listed_output(int64_t t, bool counted) const {
+    T* row = of_y + (t - begin) * line;
+    if (in.seq_idx != nullptr && in.sequences(b)[t] < 0) {
+      std::fill(row, row + line, T(0));
+      return;
+    }
+    const S* gradient = to.of_out + b * to.batch + t * to.line + channel;
+    const int64_t count = sources_of(in, b, t, channel, sources);
+    for (int64_t c = 0; c < channels; c += L) {
+      const int64_t width = std::min(L, channels - c);
+      Vector<T> u = load_first<S>(gradient + c, width);
+      if (in.silu) {
+        u = of_activation<T>(u, sum_of<S>(sources, count, weights.at(channel + c), in.taps, c, width), true);
+        u = select<T>(first_lanes<T>(width), u, Vector<T>{});
+      }
+      store<T>(row + c, u);
+      if (!counted) continue;
+      T* own = sums + c * (in.taps + 1);
+      for (int64_t i = 0; i < count; ++i) {
+        T* sum = own + sources[i].k * L;
+        store<T>(sum, u * load_first<S>(sources[i].x + c, width) + load<T>(sum));
+      }
+      store<T>(own + in.taps * L, load<T>(own + in.taps * L) + u);
+    }
+  }
+
+  void outputs() const {
+    const bool counted = parts != nullptr;
+    if (counted) std::fill(sums, sums + line * (in.taps + 1), T(0));
+    for (int64_t t = begin; t < stop;) {
+      const bool inside = t < end;
+      if (all_taps(in, t, inside ? end : stop)) {
+        inside&& counted ? several_outputs<true>(t) : several_outputs<false>(t);
+        t += together;
+      } else {
+        listed_output(t, inside && counted);
+        ++t;
+      }
+    }
+    if (!counted) return;
+    for (int64_t k = 0; k <= in.taps; ++k) {
+      for (int64_t c = 0; c < channels; ++c) {
+        parts[k * in.channels + channel + c] = sums[c / L * L * (in.taps + 1) + k * L + c % L];
+      }
+    }
+  }
+
+  // The gradients of the inputs of `together` positions from p on, all of whose outputs are kept.
+  void several_inputs(int64_t p, S* into) const {
+    const int64_t taps = K > 0 ? K : in.taps;
+    const T* from = of_y + (p - begin + in.left) * line;
+    for (int64_t c = 0; c < channels; c += L) {
+      const int64_t width = std::min(L, channels - c);
+      const T* own = weights.at(channel + c);
+      Vector<T> found[together] = {};
+#pragma GCC unroll 4
+      for (int64_t k = taps - 1; k >= 0; --k) {
+        const Vector<T> weight = load<T>(own + k * L);
+        const T* u = from - k * in.dilation * line + c;
+#pragma GCC unroll 4
+        for (int r = 0; r < together; ++r) found[r] = weight * load<T>(u + r * line) + found[r];
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < together; ++r) store_first<S>(into + r * in.channels + c, found[r], width);
+    }
+  }
+
+  // The gradient of the inputs at position p (below 0: of the state), outputs chosen one by one.
+  void listed_input(int64_t p, S* into) const {
+    const int32_t* seq = in.sequences(b);
+    const int32_t own = seq == nullptr ? 0 : seq[std::max<int64_t>(p, 0)];
+    for (int64_t c = 0; c < channels; c += L) {
+      Vector<T> sum{};
+      for (int64_t k = in.taps - 1; k >= 0 && own >= 0; --k) {
+        const int64_t t = p + in.shift(k);
+        if (t < 0 || t >= stop || (seq != nullptr && seq[t] != own)) continue;
+        sum = load<T>(weights.at(channel + c) + k * L) * load<T>(of_y + (t - begin) * line + c) + sum;
+      }
+      store_first<S>(into + c, sum, std::min(L, channels - c));
+    }
+  }
+
+  void inputs() const {
+    if (to.of_x != nullptr) {
+      for (int64_t p = begin; p < end;) {
+        S* into = to.of_x + (b * in.length + p) * in.channels + channel;
+        if (in.seq_idx == nullptr && p + together <= end && p + together + in.left <= stop) {
+          several_inputs(p, into);
+          p += together;
+        } else {
+          listed_input(p, into);
+          ++p;
+        }
+      }
+    }
+    if (to.of_state != nullptr && begin == 0) {
+      for (int64_t j = 0; j < in.left; ++j) {
+        listed_input(j - in.left, to.of_state + (b * in.left + j) * in.channels + channel);
+      }
+    }
+  }
 };
 
-template <typename S, int N>
-MPKERNELS_INLINE void of_position(const Target<Compute<S>>* given, int64_t count, int64_t channels, S* to) {
-  using T = Compute<S>;
-  constexpr int64_t L = lanes<T>;
-  Target<T> local[N > 0 ? N : 1];
-  if constexpr (N > 0) std::copy(given, given + N, local);
-  const Target<T>* targets = N > 0 ? local : given;
-  const int64_t n = N > 0 ? N : count;
-  for (int64_t c = 0; c < channels; c += L) {
-    const int64_t width = std::min(L, channels - c);
-    Vector<T> sum{};
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < n; ++i) {
-      sum = load_first<T>(targets[i].weight + c, width) * load<T>(targets[i].of_y + c) + sum;
-    }
-    store_first<S>(to + c, sum, width);
-  }
-}
-
-// The gradient of the inputs at position p (below 0: of the state), from gradients of y of [begin, stop).
-template <typename S>
-void of_input(const Problem<S>& in, const ByTap<Compute<S>>& weights, int64_t b, int64_t p,
-              const Compute<S>* of_y, int64_t of_y_line, int64_t begin, int64_t stop, int64_t first_channel,
-              int64_t channels, Target<Compute<S>>* targets, S* to) {
-  const int32_t* seq = in.sequences(b);
-  const int32_t own = seq == nullptr ? 0 : seq[std::max<int64_t>(p, 0)];
-  int64_t count = 0;
-  for (int64_t k = in.taps - 1; k >= 0 && own >= 0; --k) {
-    const int64_t t = p + in.shift(k);
-    if (t < 0 || t >= stop || (seq != nullptr && seq[t] != own)) continue;
-    targets[count++] = {of_y + (t - begin) * of_y_line, weights.weight(k) + first_channel};
-  }
-  if (count == 4) return of_position<S, 4>(targets, count, channels, to);
-  of_position<S, 0>(targets, count, channels, to);
-}
-
-// The gradient of y at one position, and what it adds to the sums; N: the sources, where compiled in.
-template <typename S, int N>
-void of_output(const Source<S>* given, int64_t count, const Compute<S>* bias, const S* gradient, int64_t channels,
-               bool silu, Compute<S>* of_y, Compute<S>* sums, int64_t line, int64_t taps) {
-  using T = Compute<S>;
-  constexpr int64_t L = lanes<T>;
-  Source<S> local[N > 0 ? N : 1];
-  if constexpr (N > 0) std::copy(given, given + N, local);
-  const Source<S>* sources = N > 0 ? local : given;
-  const int64_t n = N > 0 ? N : count;
-  for (int64_t c = 0; c < channels; c += L) {
-    const int64_t width = std::min(L, channels - c);
-    Vector<T> u = load_first<S>(gradient + c, width);
-    if (silu) {
-      u = of_activation<T>(u, sum_of<S, N>(sources, count, bias, c, width), true);
-      if (width < L) u = select<T>(first_lanes<T>(width), u, Vector<T>{});
-    }
-    store<T>(of_y + c, u);
-    if (sums == nullptr) continue;
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < n; ++i) {
-      T* sum = sums + sources[i].k * line + c;
-      store<T>(sum, u * load_first<S>(sources[i].x + c, width) + load<T>(sum));
-    }
-    T* total = sums + taps * line + c;
-    store<T>(total, load<T>(total) + u);
-  }
-}
-
 // Backward of positions; `parts` of a piece are those of row b, piece i of the row: b per_row + i.
-template <typename S>
+template <typename S, int K>
 void backward_columns(const Problem<S>& in, const Gradients<S>& to) {
   using T = Compute<S>;
   const ByTap<T> weights(in.weight, in.bias, in.taps, in.channels);
@@ -220,48 +345,27 @@ void backward_columns(const Problem<S>& in, const Gradients<S>& to) {
   const int64_t line = pieces.block, kept = pieces.positions + in.reach();
   parallel_pieces(in.batch * pieces.per_row * pieces.blocks, 1, [&](int64_t first, int64_t last) {
     T* of_y = scratch<T>((kept + in.taps + 1) * line);
-    T* sums = of_y + kept * line;
     std::vector<Source<S>> sources(static_cast<size_t>(in.taps));
-    std::vector<Target<T>> targets(static_cast<size_t>(in.taps));
     for (int64_t task = first; task < last; ++task) {
       const int64_t channel = task % pieces.blocks * pieces.block, piece = task / pieces.blocks;
-      const int64_t b = piece / pieces.per_row, begin = piece % pieces.per_row * pieces.positions;
+      const int64_t begin = piece % pieces.per_row * pieces.positions;
       const int64_t end = std::min(in.length, begin + pieces.positions);
-      const int64_t stop = std::min(in.length, end + in.reach());
-      const int64_t channels = std::min(pieces.block, in.channels - channel);
-      std::fill(sums, sums + (in.taps + 1) * line, T(0));
-      for (int64_t t = begin; t < stop; ++t) {
-        T* row = of_y + (t - begin) * line;
-        if (in.seq_idx != nullptr && in.sequences(b)[t] < 0) {
-          std::fill(row, row + line, T(0));
-          continue;
-        }
-        const int64_t count = sources_of(in, weights, b, t, sources.data());
-        for (int64_t i = 0; i < count; ++i) sources[i].x += channel, sources[i].weight += channel;
-        const S* gradient = to.of_out + b * to.batch + t * to.line + channel;
-        const T* bias = weights.weight(in.taps) + channel;
-        T* into = t < end && to.parts != nullptr ? sums : nullptr;
-        if (count == 4) {
-          of_output<S, 4>(sources.data(), count, bias, gradient, channels, in.silu, row, into, line, in.taps);
-        } else {
-          of_output<S, 0>(sources.data(), count, bias, gradient, channels, in.silu, row, into, line, in.taps);
-        }
-      }
-      if (to.parts != nullptr) {
-        T* parts = to.parts + piece * (in.taps + 1) * in.channels + channel;
-        for (int64_t k = 0; k <= in.taps; ++k) std::copy_n(sums + k * line, channels, parts + k * in.channels);
-      }
-      const auto input = [&](int64_t p, S* into) {
-        of_input<S>(in, weights, b, p, of_y, line, begin, stop, channel, channels, targets.data(), into);
-      };
-      if (to.of_x != nullptr) {
-        for (int64_t p = begin; p < end; ++p) input(p, to.of_x + (b * in.length + p) * in.channels + channel);
-      }
-      if (to.of_state != nullptr && begin == 0) {
-        for (int64_t j = 0; j < in.left; ++j) {
-          input(j - in.left, to.of_state + (b * in.left + j) * in.channels + channel);
-        }
-      }
+      const Block<S, K> block{in,
+                              to,
+                              weights,
+                              piece / pieces.per_row,
+                              begin,
+                              end,
+                              std::min(in.length, end + in.reach()),
+                              channel,
+                              std::min(pieces.block, in.channels - channel),
+                              line,
+                              of_y,
+                              of_y + kept * line,
+                              to.parts == nullptr ? nullptr : to.parts + piece * (in.taps + 1) * in.channels,
+                              sources.data()};
+      block.outputs();
+      block.inputs();
     }
   });
 }

@@ -167,7 +167,8 @@ void of_outputs(const Row<S>& row, const S* gradient, int64_t begin, int64_t end
         for (int k = 0; k < K; ++k) kept_sums[k] = load<T>(sums + k * L);
       }
       for (; t + L <= end; t += L) {
-        const Vector<T> u = of_activation<T>(load<S>(gradient + t), silu ? row.template inner<K>(t) : Vector<T>{}, silu);
+        const Vector<T> u =
+            of_activation<T>(load<S>(gradient + t), silu ? row.template inner<K>(t) : Vector<T>{}, silu);
         store<T>(of_y + t - begin, u);
         total += u;
         const S* from = row.x + t - in.left;
@@ -186,7 +187,8 @@ void of_outputs(const Row<S>& row, const S* gradient, int64_t begin, int64_t end
       continue;
     }
     if (row.is_inner(t, stop) && t >= end) {  // behind the piece
-      store<T>(of_y + t - begin, of_activation<T>(load<S>(gradient + t), silu ? row.template inner<K>(t) : Vector<T>{}, silu));
+      store<T>(of_y + t - begin,
+               of_activation<T>(load<S>(gradient + t), silu ? row.template inner<K>(t) : Vector<T>{}, silu));
       t += L;
       continue;
     }

@@ -72,11 +72,11 @@ def depthwise_conv1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal convolution over time of each channel by itself, with SiLU and sequence boundaries in the same pass.
 
-    y[b, c, t] = bias[c] + sum_k weight[c, k] x[b, c, t - (K - 1 - k) dilation], and out = y, or y / (1 + e^-y): the short
-    convolution of state space models (Gu and Dao 2023, "Mamba", fig. 3; H3, Fu et al. 2023) and, dilated, a depthwise
-    layer of WaveNet's kind. Inputs in front of x come from ``initial_state``, or count as nothing. No padded copy of x
-    is made, in either memory order. A sequence may be cut anywhere, with the same bits on the CPU. Gradients of any
-    order to x, weight, bias and initial_state, the same bits in every run.
+    y[b, c, t] = bias[c] + sum_k weight[c, k] x[b, c, t - (K - 1 - k) dilation], and out = y, or y / (1 + e^-y): the
+    short convolution of state space models (Gu and Dao 2023, "Mamba", fig. 3; H3, Fu et al. 2023) and, dilated, a
+    depthwise layer of WaveNet's kind. Inputs in front of x come from ``initial_state``, or count as nothing. No padded
+    copy of x is made, in either memory order. A sequence may be cut anywhere, with the same bits on the CPU. Gradients
+    of any order to x, weight, bias and initial_state, the same bits in every run.
 
     Args:
         x: (B, C, T), contiguous in T or (as the transpose of (B, T, C)) in C; anything else is copied first. float32,
@@ -116,7 +116,7 @@ def depthwise_conv1d(
         True
     """
     left, weight, bias = _checked(x, weight, bias, dilation, activation)
-    batch, channels, length = x.shape
+    batch, channels, _ = x.shape
     if initial_state is not None:
         checks.same_kind("initial_state", initial_state, "x", x)
         checks.shape("initial_state", initial_state, (batch, channels, left), "(B, C, (K - 1) dilation)")
@@ -196,9 +196,7 @@ def depthwise_conv1d_update(
     if state.dim() != 3 or state.shape[1] != channels or (state_indices is None and state.shape[0] != batch):
         raise ValueError(f"state: expected shape {(rows, channels, 'S')}, got {tuple(state.shape)}")
     if state.shape[2] < left:
-        raise ValueError(
-            f"state: expected at least {left} positions, (K - 1) dilation, got shape {tuple(state.shape)}"
-        )
+        raise ValueError(f"state: expected at least {left} positions, (K - 1) dilation, got shape {tuple(state.shape)}")
     for name, value in (("cache_seqlens", cache_seqlens), ("state_indices", state_indices)):
         if value is not None:
             _check_integers(name, value, x, (batch,), "(B,)")
@@ -236,6 +234,8 @@ def _checked(
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None and name == "bias":
             continue
+        checks.tensor(name, value)
+        assert value is not None
         checks.floating(name, value)
         if value.dtype not in (x.dtype, wide):
             raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, or {wide}, got {value.dtype}")
@@ -269,7 +269,7 @@ def _readable(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.numel() > 0
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_batchedtensor(x)
+        and not torch._C._are_functorch_transforms_active()
     )
 
 

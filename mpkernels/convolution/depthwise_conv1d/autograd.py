@@ -34,7 +34,7 @@ def _pick(function):
 
 
 def layout(x: Tensor) -> tuple[Tensor, bool]:
-    """x as the kernels read it, and whether its channels lie side by side."""
+    """Inputs as the kernels read them, and whether their channels lie side by side."""
     if x.stride(2) == 1 and not (x.shape[2] == 1 and x.stride(1) == 1):
         return x, False
     if x.stride(1) == 1:
@@ -47,12 +47,6 @@ def _in_order(x: Tensor | None, channels_last: bool) -> Tensor | None:
     if x is None:
         return None
     return x.transpose(1, 2).contiguous().transpose(1, 2) if channels_last else x.contiguous()
-
-
-def _rows(x: Tensor, channels_last: bool) -> Tensor:
-    """A (B, C, T) tensor whose positions (or channels) lie side by side, with any other strides."""
-    side = 1 if channels_last else 2
-    return x if x.stride(side) == 1 or x.shape[side] == 1 else _in_order(x, channels_last)  # pyright: ignore
 
 
 def _forward(x, weight, bias, state, seq_idx, dilation, silu, backend):
@@ -100,10 +94,24 @@ class _DepthwiseBackward(torch.autograd.Function):
     """The kernels' backward; differentiated again through :mod:`derivative`."""
 
     @staticmethod
-    def forward(grad, x, weight, bias, state, seq_idx, dilation, silu, backend, *needs):
+    def forward(
+        grad,
+        x,
+        weight,
+        bias,
+        state,
+        seq_idx,
+        dilation,
+        silu,
+        backend,
+        needs_x,
+        needs_weight,
+        needs_bias,
+        needs_state,
+    ):
         x, channels_last = layout(x)
         return backends.call(backend, schema.BACKWARD)(
-            _rows(grad, channels_last),
+            _in_order(grad, channels_last),  # (torch.compile does not know its strides here)
             x,
             weight.contiguous(),
             contiguous(bias),
@@ -112,7 +120,10 @@ class _DepthwiseBackward(torch.autograd.Function):
             dilation,
             silu,
             channels_last,
-            *needs,
+            needs_x,
+            needs_weight,
+            needs_bias,
+            needs_state,
         )
 
     @staticmethod
@@ -168,9 +179,7 @@ def _unfold(x: Tensor, batch: int) -> Tensor:
 def _one_by_one(function, batch: int, in_dims: Sequence, inputs: Sequence):
     """Each mapped problem by itself: where sequences are mapped too, they differ between the channels."""
     found = [
-        _pick(function).apply(
-            *(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True))
-        )
+        _pick(function).apply(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
         for i in range(batch)
     ]
     if isinstance(found[0], Tensor):
@@ -210,14 +219,12 @@ class _DepthwiseForwardMode(_Depthwise):
         shape, dtype, device = ctx.output_like
         # the gradient is linear in the gradient of the output: its transpose is the derivative in a direction
         found, transpose = _vjp(
-            lambda g: tuple(
-                x for x in derivative.depthwise_gradient(g, *inputs, *ctx.settings[:2]) if x is not None
-            ),
+            lambda g: tuple(x for x in derivative.depthwise_gradient(g, *inputs, *ctx.settings[:2]) if x is not None),
             [torch.zeros(shape, dtype=dtype, device=device)],
         )
         present = [t for x, t in zip(inputs[:4], tangents[:4], strict=True) if x is not None]
         along = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(found, present, strict=True))
-        return transpose(along)[0]
+        return _in_order(transpose(along)[0], layout(inputs[0])[1])  # (views need tangents in the order of the primal)
 
 
 class _DepthwiseBackwardForwardMode(_DepthwiseBackward):
@@ -236,7 +243,7 @@ class _DepthwiseBackwardForwardMode(_DepthwiseBackward):
         _, forwards = _vjp(lambda *g: transpose(g), [torch.zeros_like(x) for x in found])
         result = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.output_like]
         for i, x in zip(kept, forwards(tuple(tangents[i] for i in wanted)), strict=True):
-            result[i] = x
+            result[i] = _in_order(x, layout(ctx.saved_tensors[1])[1]) if x.dim() == 3 else x  # pyright: ignore
         return tuple(result)
 
 

@@ -29,14 +29,13 @@ def depthwise_gradient(
     past = x.new_zeros((*x.shape[:2], left)) if state is None else state
     xs = torch.cat([past, x], -1).to(wide)
     exists = _existing(x, taps, dilation, state is not None, seq_idx)
-    shifted = [
-        torch.where(e, xs[:, :, k * dilation : k * dilation + length], 0.0) for k, e in zip(range(taps), exists)
-    ]
+    shifted = [torch.where(e, xs[:, :, k * dilation : k * dilation + length], 0.0) for k, e in enumerate(exists)]
 
     u = grad.to(wide)
     if silu:
-        y = sum(torch.where(e, weight[:, k, None] * shifted[k], 0.0) for k, e in enumerate(exists))
-        y = y if bias is None else y + bias[:, None]
+        y = torch.zeros_like(u) if bias is None else bias[:, None].expand_as(u)
+        for k, e in enumerate(exists):
+            y = y + torch.where(e, weight[:, k, None] * shifted[k], 0.0)
         sigmoid = torch.sigmoid(y)
         u = u * sigmoid * (1 + y * (1 - sigmoid))
     if seq_idx is not None:

@@ -23,25 +23,20 @@ def depthwise_conv1d(
     silu: bool,
 ) -> Tensor:
     """Returns out (B, C, T); half types are computed in float32."""
-    batch, channels, length = x.shape
-    taps = weight.shape[1]
-    known = 0 if state is None else state.shape[2]
-    xs = x if state is None else torch.cat([state, x], -1)
-    wide = weight.dtype
-    sequence = None
-    if seq_idx is not None:
-        sequence = torch.cat([seq_idx[:, :1].expand(batch, known if length > 0 else 0), seq_idx], -1)
+    length, taps, wide = x.shape[2], weight.shape[1], weight.dtype
     now = torch.arange(length, device=x.device)
-    y = torch.zeros((batch, channels, length), dtype=wide, device=x.device)
+    y = torch.zeros(x.shape, dtype=wide, device=x.device)
     for k in range(taps):
-        position = now - (taps - 1 - k) * dilation + known
-        exists = position >= 0
-        position = position.clamp(min=0)
-        exists = exists.expand(batch, length)
-        if seq_idx is not None and sequence is not None:
-            exists = exists & (sequence[:, position] == seq_idx) & (seq_idx >= 0)
-        exists = exists[:, None]  # (B, 1, T)
-        value = torch.where(exists, xs[:, :, position].to(wide), 0.0)
+        shift = (taps - 1 - k) * dilation
+        if state is None and shift >= length:
+            continue  # nothing is so far back
+        past = x.new_zeros((*x.shape[:2], shift)) if state is None else state[:, :, state.shape[2] - shift :]
+        value = torch.cat([past, x], -1)[:, :, :length].to(wide)  # (B, C, T) what each output reads
+        exists = ((now >= shift) | (state is not None))[None, None]  # (1, 1, T)
+        if seq_idx is not None and length > 0:
+            owner = torch.cat([seq_idx[:, :1].expand(-1, shift), seq_idx], -1)[:, :length]
+            exists = exists & ((owner == seq_idx) & (seq_idx >= 0))[:, None]  # (B, 1, T)
+        value = torch.where(exists, value, 0.0)
         y = y + torch.where(exists, weight[:, k, None] * value, 0.0)
     if bias is not None:
         y = y + bias[:, None]

@@ -55,7 +55,7 @@ def new_sequences(like: Tensor, batch: int, channels: int, length: int, channels
 
 
 def _fake_forward(x, weight, bias, state, seq_idx, dilation, silu, channels_last) -> Tensor:
-    return new_sequences(x, *x.shape, channels_last)
+    return new_sequences(x, x.shape[0], x.shape[1], x.shape[2], channels_last)
 
 
 def _fake_backward(
@@ -75,7 +75,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     left = (weight.shape[1] - 1) * dilation
     return (
-        new_sequences(x, *x.shape, channels_last) if needs_x else x.new_empty((0,)),
+        new_sequences(x, x.shape[0], x.shape[1], x.shape[2], channels_last) if needs_x else x.new_empty((0,)),
         weight.new_empty(weight.shape if needs_weight else (0,)),
         weight.new_empty((weight.shape[0],) if needs_bias else (0,)),
         new_sequences(x, x.shape[0], x.shape[1], left, channels_last) if needs_state else x.new_empty((0,)),

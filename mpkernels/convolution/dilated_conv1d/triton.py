@@ -32,8 +32,8 @@ _BLOCKS = {
 }
 _SUM_BLOCKS = (16, 128)  # channels and positions of the sums over time
 _PIECES_BLOCK = 256
+_LENGTH = 16_000  # of the sequences that the gates compile for
 _PROGRAMS = 1024  # that a sum over positions is cut into, about: several a multiprocessor
-_INTERPRETED = 16  # the least that a product of tiles takes: small inputs still have several blocks
 
 
 def padded(size: int) -> int:
@@ -41,16 +41,23 @@ def padded(size: int) -> int:
     return max(16, 1 << max(size - 1, 0).bit_length())
 
 
+def halved(size: int) -> int:
+    """Blocks in the interpreter, where each costs milliseconds: about two a size, however small it is."""
+    return min(max(padded(size) // 2, 16), 256)
+
+
 def cut(size: int, block: int) -> int:
     """How many blocks a size has."""
     return -(-size // block)
 
 
-def blocks_of(kernel: str, element_size: int, outputs: int, inputs: int) -> tuple[dict[str, int], dict[str, int]]:
+def blocks_of(
+    kernel: str, element_size: int, outputs: int, inputs: int, length: int
+) -> tuple[dict[str, int], dict[str, int]]:
     """The blocks of a kernel, and its launch options."""
     block_o, block_t, block_c, warps, stages = _BLOCKS[kernel, element_size]
     if library.triton_interpreted():
-        block_o, block_t, block_c = 2 * _INTERPRETED, 4 * _INTERPRETED, _INTERPRETED
+        block_o, block_t, block_c = halved(outputs), halved(length), halved(inputs)
     block_o, block_c = min(block_o, padded(outputs)), min(block_c, padded(inputs))
     if block_o < 64:
         warps = min(warps, 4)
@@ -112,7 +119,7 @@ def convolve(
         inputs, outputs, left = outputs, inputs, (taps - 1) * dilation - left
     begin = 0 if early is None else -early.shape[2]
     end = 0 if out is None else out.shape[2]
-    blocks, options = blocks_of("taps", source.element_size(), outputs, inputs)
+    blocks, options = blocks_of("taps", source.element_size(), outputs, inputs, end - begin)
     launch(
         kernels.dilated_conv1d_taps,
         source,
@@ -159,7 +166,8 @@ def convolve(
 
 def _pieces(units: int, programs: int) -> tuple[int, int]:
     """(pieces, units a piece) of a sum that ``programs`` programs a piece share: by the sizes alone, not the device."""
-    pieces = max(min(_PROGRAMS // max(programs, 1), cut(units, 2)), 1)
+    most = 2 if library.triton_interpreted() else _PROGRAMS // max(programs, 1)
+    pieces = max(min(most, cut(units, 2)), 1)
     each = cut(units, pieces)
     return cut(units, max(each, 1)), each
 
@@ -201,7 +209,7 @@ def weight_gradient(
     total, inputs, taps = out.shape
     outputs = total // groups
     batch, _, length = source.shape
-    blocks, options = blocks_of("weight", source.element_size(), outputs, inputs)
+    blocks, options = blocks_of("weight", source.element_size(), outputs, inputs, length)
     programs = cut(outputs, blocks["BLOCK_O"]) * cut(inputs, blocks["BLOCK_C"]) * taps * groups
     pieces, each = _pieces(batch * cut(length, blocks["BLOCK_T"]), programs)
     workspace = wide(source, pieces, taps, total, inputs)
@@ -239,7 +247,7 @@ def channel_sums(grad: Tensor, out: Tensor, segments: int = 1, scale: float = 1.
     batch, channels, length = grad.shape
     block_o, block_t = _SUM_BLOCKS
     if library.triton_interpreted():
-        block_t = 4 * _INTERPRETED
+        block_t = halved(length)
     batches = batch // max(segments, 1)
     programs = cut(channels, block_o) * segments
     pieces, each = _pieces(batches * cut(length, block_t), programs)
@@ -327,7 +335,7 @@ def kernels_to_compile() -> tuple[TritonKernel, ...]:
         order = "channels last" if last else "channels first"
         one = "channel" if last else "position"
         size = {"bf16": 2, "fp32": 4, "fp64": 8}[dtype]
-        blocks, options = blocks_of("taps", size, outputs, inputs)
+        blocks, options = blocks_of("taps", size, outputs, inputs, _LENGTH)
         settings = blocks | {"HAS_HISTORY": True, "HAS_BIAS": True, "HAS_OUT": True}
         settings |= {"HAS_EARLY": False, "HAS_ADDED": False, "SCALE": "", "COMPUTE": compute_of(wide)}
         ones = {f"{name}_{one}": 1 for name in ("source", "out")} | {"weight_in": 1}
@@ -341,7 +349,7 @@ def kernels_to_compile() -> tuple[TritonKernel, ...]:
                 options,
             )
         )
-        blocks, options = blocks_of("weight", size, outputs, inputs)
+        blocks, options = blocks_of("weight", size, outputs, inputs, _LENGTH)
         settings = blocks | {"HAS_HISTORY": True, "COMPUTE": compute_of(wide)}
         ones = {f"{name}_{one}": 1 for name in ("source", "grad")}
         found.append(
@@ -353,7 +361,7 @@ def kernels_to_compile() -> tuple[TritonKernel, ...]:
                 options,
             )
         )
-    transposed, options = blocks_of("taps", 2, 128, 256)
+    transposed, options = blocks_of("taps", 2, 128, 256, _LENGTH)
     settings = {"HAS_HISTORY": False, "HAS_BIAS": False, "HAS_OUT": True, "HAS_EARLY": True, "HAS_ADDED": True}
     settings |= {"SCALE": "added", "COMPUTE": tl.float32, "history": None, "bias": None, "weight_out": 1}
     settings |= {f"{name}_channel": 1 for name in ("source", "added", "out")}

@@ -111,7 +111,7 @@ def _far(arguments: Arguments) -> None:
 
 
 _CASES = (
-    Case("small, skip alone", _sized(1, 2, 1, 1, 3, residual=False, biases=False, local=1), second_order=True),
+    Case("small, skip alone", _sized(1, 2, 1, 1, 3, residual=False, biases=False), second_order=True),
     Case(
         "small, conditions, state",
         _sized(2, 1, 1, 1, 2, local=1, of_all=1, state=True, dilation=2, residual_scale=0.5),

@@ -24,13 +24,17 @@ _BLOCKS = {
 }
 # (BLOCK_G, BLOCK_T, BLOCK_P, warps, stages) of the backward
 _GRAD_BLOCKS = {2: (64, 64, 32, 8, 3), 4: (64, 64, 16, 8, 2), 8: (32, 32, 16, 4, 1)}
-_INTERPRETED = ((32, 64, 16, 32, 4, 1),)
-_INTERPRETED_GRAD = (32, 64, 16, 4, 1)
+_LENGTH = 16_000  # of the sequences that the gates compile for
+_MOST_INTERPRETED = 32  # gates of a block in the interpreter
 
 
-def _forward_blocks(element_size: int, pairs: int) -> tuple[bool, dict[str, int], dict[str, int]]:
+def _forward_blocks(
+    element_size: int, pairs: int, length: int, channels: int
+) -> tuple[bool, dict[str, int], dict[str, int]]:
     """Whether the forward is one kernel, its blocks, and its launch options."""
-    table = _INTERPRETED if library.triton_interpreted() else _BLOCKS[element_size]
+    table = _BLOCKS[element_size]
+    if library.triton_interpreted():
+        table = ((_MOST_INTERPRETED, conv.halved(length), conv.halved(channels), 32, 4, 1),)
     chosen = next((blocks for blocks in table if pairs <= blocks[0]), None)
     block_g, block_t, block_c, block_p, warps, stages = chosen or table[0]
     blocks = {"BLOCK_G": min(block_g, conv.padded(pairs)), "BLOCK_T": block_t, "BLOCK_C": block_c, "BLOCK_P": block_p}
@@ -39,10 +43,11 @@ def _forward_blocks(element_size: int, pairs: int) -> tuple[bool, dict[str, int]
     return chosen is not None, blocks, {"num_warps": warps, "num_stages": stages}
 
 
-def _grad_blocks(element_size: int, pairs: int) -> tuple[dict[str, int], dict[str, int]]:
+def _grad_blocks(element_size: int, pairs: int, length: int) -> tuple[dict[str, int], dict[str, int]]:
     """Blocks of the backward, and its launch options."""
-    table = _INTERPRETED_GRAD if library.triton_interpreted() else _GRAD_BLOCKS[element_size]
-    block_g, block_t, block_p, warps, stages = table
+    block_g, block_t, block_p, warps, stages = _GRAD_BLOCKS[element_size]
+    if library.triton_interpreted():
+        block_g, block_t, block_p = _MOST_INTERPRETED, conv.halved(length), 32
     blocks = {"BLOCK_G": min(block_g, conv.padded(pairs)), "BLOCK_T": block_t, "BLOCK_P": block_p}
     return blocks, {"num_warps": min(warps, 4) if blocks["BLOCK_G"] < 64 else warps, "num_stages": stages}
 
@@ -70,7 +75,7 @@ def forward(
     skip = new_sequences(x, batch, projection.shape[0] - rows, length, channels_last)
     wide = conv.wide(x)
     gates = new_sequences(wide, batch, 2 * pairs, length, channels_last) if keep else wide
-    fused, blocks, options = _forward_blocks(x.element_size(), pairs)
+    fused, blocks, options = _forward_blocks(x.element_size(), pairs, length, channels)
     hidden = None if fused else new_sequences(x, batch, pairs, length, channels_last)
     packed = weight if taps == 1 else weight.permute(2, 0, 1).contiguous()  # a tap's weights beside each other
     conv.launch(
@@ -153,7 +158,7 @@ def backward(
     found = [
         x.new_empty((0,))
         if argument is None or not want
-        else new_sequences(x, *argument.shape, channels_last)
+        else new_sequences(x, argument.shape[0], argument.shape[1], argument.shape[2], channels_last)
         if argument is x or argument is condition
         else x.new_empty(argument.shape)
         for argument, want in zip(given, wanted, strict=True)
@@ -226,7 +231,7 @@ def _grad_gates(
     """Writes the gradient of z, and h where it is asked for."""
     batch, width, length = grad_z.shape
     pairs = width // 2
-    blocks, options = _grad_blocks(grad_z.element_size(), pairs)
+    blocks, options = _grad_blocks(grad_z.element_size(), pairs, length)
     conv.launch(
         kernels.gated_residual_grad_gates,
         grad_z,
@@ -272,7 +277,7 @@ def kernels_to_compile() -> tuple[TritonKernel, ...]:
         size = {"bf16": 2, "fp32": 4, "fp64": 8}[dtype]
         one = "channel" if last else "position"
         order = "channels last" if last else "channels first"
-        fused, blocks, options = _forward_blocks(size, pairs)
+        fused, blocks, options = _forward_blocks(size, pairs, _LENGTH, pairs)
         tensors = ["x", "history", "weight", "offset", "condition", "condition_weight", "projection"]
         tensors += ["projection_bias", "residual", "skip", "hidden"]
         settings = blocks | {f"HAS_{name}": True for name in ("HISTORY", "OFFSET", "CONDITION", "BIAS")}
@@ -290,7 +295,7 @@ def kernels_to_compile() -> tuple[TritonKernel, ...]:
         )
         if pairs > 128:
             continue
-        blocks, options = _grad_blocks(size, pairs)
+        blocks, options = _grad_blocks(size, pairs, _LENGTH)
         settings = blocks | {"HAS_RESIDUAL": True, "HAS_SKIP": True, "NEEDS_HIDDEN": True}
         settings |= {"COMPUTE": conv.compute_of(wide)}
         settings |= {f"{name}_{one}": 1 for name in ("grad_residual", "grad_skip", "gates", "grad_gates", "hidden")}

@@ -104,6 +104,21 @@ class DilatedConvolutionProperties(OpProperties):
         got = self.convolution(x, centred, dilation=5, causal=False)
         self.assert_same(got, self.convolution(x, centred[..., 1:2]))
 
+    def test_a_tap_matters_where_it_reads(self):
+        """A NaN in a tap, or in a gradient, whose partner lies outside for some positions and inside for others."""
+        x, weight, grad = self.normal(1, 2, 40), self.normal(3, 2, 3), self.normal(1, 3, 40)
+        poisoned = weight.clone()
+        poisoned[..., 0] = torch.nan
+        leaves = [x.requires_grad_(), poisoned.requires_grad_()]
+        out = self.convolution(*leaves, dilation=4)
+        assert torch.equal(out.isfinite().all(1)[0], torch.arange(40, device=self.device) < 8)
+        of_x = torch.autograd.grad(out, leaves, grad)[0]
+        assert torch.equal(of_x.isfinite().all(1)[0], torch.arange(40, device=self.device) >= 32)
+        grad[..., :8] = torch.nan  # tap 0 reads nothing there
+        of_weight = torch.autograd.grad(self.convolution(x, weight.requires_grad_(), dilation=4), weight, grad)[0]
+        assert bool(of_weight[..., 0].isfinite().all())
+        assert not of_weight[..., 1:].isfinite().any()
+
     def test_the_longest_dilation(self):
         x, weight = self.normal(1, 3, 7), self.normal(2, 3, 3)
         got = self.convolution(x, weight, dilation=2**31 - 1)

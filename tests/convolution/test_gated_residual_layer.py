@@ -160,6 +160,16 @@ class GatedResidualLayerProperties(OpProperties):
             assert torch.equal(got, wanted)
         assert not found[0][3][..., :2].any()
 
+    @pytest.mark.parametrize("row", [0, 4])
+    def test_a_tap_matters_where_it_reads(self, row):
+        """A NaN in a tap of a filter or a gate that reads outside for some positions and inside for others."""
+        given = self.arguments(length=40, taps=3)
+        given["weight"] = given["weight"].clone()
+        given["weight"][row, :, 0] = torch.nan
+        out = self.layer(**given, dilation=4)
+        for found in (out.residual, out.skip):
+            assert torch.equal(found.isfinite().all(1)[0], torch.arange(40, device=self.device) < 8)
+
     def test_a_sequence_can_be_cut_anywhere(self):
         """Results, and gradients through the states; parts are shorter than the receptive field of 27 too."""
         given = self.arguments(length=80, taps=4, batch=2)

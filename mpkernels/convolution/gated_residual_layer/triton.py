@@ -25,7 +25,7 @@ _BLOCKS = {
 # (BLOCK_G, BLOCK_T, BLOCK_P, warps, stages) of the backward
 _GRAD_BLOCKS = {2: (64, 64, 32, 8, 3), 4: (64, 64, 16, 8, 2), 8: (32, 32, 16, 4, 1)}
 _LENGTH = 16_000  # of the sequences that the gates compile for
-_MOST_INTERPRETED = 32  # gates of a block in the interpreter
+_MOST_INTERPRETED = 16  # gates of a block in the interpreter
 
 
 def _forward_blocks(

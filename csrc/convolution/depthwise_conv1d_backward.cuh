@@ -39,7 +39,7 @@ __device__ __forceinline__ Compute<S> of_y_at(const Problem<S>& in, const Gradie
 }
 
 template <typename S, int K, int Width>
-__global__ void __launch_bounds__(threads_per_block) backward_kernel(Problem<S> in, Gradients<S> to, int64_t tiles) {
+__global__ void __launch_bounds__(threads_per_block, 2) backward_kernel(Problem<S> in, Gradients<S> to, int64_t tiles) {
   using T = Compute<S>;
   constexpr int positions = tile_elements<Width> / Width;
   const int taps = K > 0 ? K : static_cast<int>(in.taps), thread = static_cast<int>(threadIdx.x);

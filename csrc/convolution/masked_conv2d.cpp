@@ -1,9 +1,9 @@
 // PixelCNN's masked convolution on the CPU, and its gradients (formula, shapes and the meaning of the arguments:
 // mpkernels/convolution/masked_conv2d/schema.py; source: van den Oord et al. 2016, "Pixel Recurrent Neural Networks").
 //
-// The forward and the gradient of x are the same sums (masked_conv2d_pixels.h): an input pixel collects from the outputs
-// that saw it, through the taps turned around. With a stride, the input pixels of each phase are a convolution of their
-// own, with the taps that reach them. The gradient of the weight: masked_conv2d_weight.h.
+// The forward and the gradient of x are the same sums (masked_conv2d_pixels.h): an input pixel collects from the
+// outputs that saw it, through the taps turned around. With a stride, the input pixels of each phase are a convolution
+// of their own, with the taps that reach them. The gradient of the weight: masked_conv2d_weight.h.
 #include "common/tensor.h"
 #include "convolution/masked_conv2d_pixels.h"
 #include "convolution/masked_conv2d_weight.h"
@@ -101,7 +101,8 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
 
 // dx: for each phase of the stride, the input pixels (y stride_y + phase_y, x stride_x + phase_x).
 template <typename S>
-void run_input(const Tensor& grad, const Tensor& weight, const std::vector<Tap>& taps, const Settings& s, Tensor& of_x) {
+void run_input(const Tensor& grad, const Tensor& weight, const std::vector<Tap>& taps, const Settings& s,
+               Tensor& of_x) {
   Sums<S> sums{};
   sums.in = picture_of<S>(grad);
   sums.step_y = sums.step_x = 1;
@@ -140,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
                                             bool needs_bias) {
   const Settings s{taps, colors, inclusive, stride_y, stride_x, dilation_y, dilation_x};
   Tensor of_x = needs_x ? empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x) : no_gradient(x);
-  Tensor of_weight = needs_weight ? empty({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, x)
-                                  : no_gradient(x);
+  Tensor of_weight =
+      needs_weight ? empty({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, x) : no_gradient(x);
   Tensor of_bias = needs_bias ? empty({weight.size(0)}, x) : no_gradient(x);
   const std::vector<Tap> seen = seen_taps(x, weight, grad, s);
   dispatch(x, [&](auto element) {

@@ -10,9 +10,9 @@
 // Decomposition: A is packed once a call, six filters beside each other. Threads take pieces of rows of a picture; a
 // piece is copied into a window (masked_conv2d_window.h), whose pixels a tile reads in vectors as they lie there: there
 // is no unfolded copy. A tile is 6 filters x 4 vectors of pixels (2 with 16 registers) and keeps its sums in registers
-// over the whole depth: 24 fused multiply-adds for 4 loads, 6 broadcasts and an offset. An output is summed in the order
-// of k, by one thread. Vectors are cut from the rows, or, where that wastes fewer lanes, from the window as it lies,
-// across the zeros between rows.
+// over the whole depth: 24 fused multiply-adds for 4 loads, 6 broadcasts and an offset. An output is summed in the
+// order of k, by one thread. Vectors are cut from the rows, or, where that wastes fewer lanes, from the window as it
+// lies, across the zeros between rows.
 //
 // 2 FLOPs a filter, seen weight and pixel. Bytes: picture and output once; the packed weights, from L2, once a tile.
 #pragma once
@@ -250,7 +250,8 @@ void run(const Sums<S>& s) {
       const int64_t rows = std::min(window.rows, s.rows - y0), columns = std::min(window.columns, s.columns - x0);
       // rows that follow each other in the window and in the output are one
       const bool joined = window.pitch == columns && s.row_stride == columns && s.column_stride == 1;
-      const Cut cut = joined ? Cut(1, rows * columns, rows * columns, lanes<T>) : Cut(rows, columns, window.pitch, lanes<T>);
+      const Cut cut =
+          joined ? Cut(1, rows * columns, rows * columns, lanes<T>) : Cut(rows, columns, window.pitch, lanes<T>);
       fill(window, s.in, batch, 0, s.in.channels, y0, x0, to);
       for (int64_t tile = 0; tile < cut.tiles(); ++tile) {
         int64_t at[tile_vectors];
@@ -280,7 +281,8 @@ void run(const Sums<S>& s) {
               if (s.column_stride == 1) {
                 store_first<S>(out, load_raw(from + r.lane) + bias, r.count);
               } else {
-                for (int64_t j = 0; j < r.count; ++j) out[j * s.column_stride] = static_cast<S>(from[r.lane + j] + bias);
+                for (int64_t j = 0; j < r.count; ++j)
+                  out[j * s.column_stride] = static_cast<S>(from[r.lane + j] + bias);
               }
             }
           }

@@ -79,9 +79,7 @@ class _ConvolutionBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         grad, x, weight = ctx.saved_tensors
-        along_x, along_weight, along_bias = (
-            g if need else None for g, need in zip(gradients, ctx.needs, strict=True)
-        )
+        along_x, along_weight, along_bias = (g if need else None for g, need in zip(gradients, ctx.needs, strict=True))
         of_grad = of_x = of_weight = None
         if ctx.needs_input_grad[0]:
             of_grad = _along(along_x, along_weight, along_bias, grad, x, weight, ctx.settings, ctx.backend)

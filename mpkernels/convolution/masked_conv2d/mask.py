@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def pixelcnn_mask(
-    kh: int, kw: int, out_channels: int, in_channels: int, mask_type: str, colors: int = 1
-) -> Tensor:
+def pixelcnn_mask(kh: int, kw: int, out_channels: int, in_channels: int, mask_type: str, colors: int = 1) -> Tensor:
     """Which weights of :func:`masked_conv2d` are seen: van den Oord et al. 2016, "Pixel Recurrent Neural Networks", 3.4.
 
     Args:

@@ -41,9 +41,7 @@ BACKWARD = "masked_conv2d_backward"
 _TRITON = "mpkernels.convolution.masked_conv2d.triton"
 
 
-def _fake_forward(
-    x, weight, bias, taps, colors, inclusive, stride_y, stride_x, dilation_y, dilation_x
-) -> Tensor:
+def _fake_forward(x, weight, bias, taps, colors, inclusive, stride_y, stride_x, dilation_y, dilation_x) -> Tensor:
     rows, columns = -(-x.shape[2] // stride_y), -(-x.shape[3] // stride_x)
     return x.new_empty((x.shape[0], weight.shape[0], rows, columns))
 

@@ -110,7 +110,7 @@ def _step(
         pair = tap.to(tl.int64) * channels + k
         dy, dx = _offset(tap, S)
     at, inside = _place(y, x, dy, dx, height, width, S)
-    plane = tl.zeros((), tl.int64) + height * width
+    plane = (tl.zeros((), tl.int64) + height) * width
     picture = tl.load(source + (channel * plane + at), mask=valid & inside & k_valid[None, :], other=0.0)
     matrix = tl.load(weight + pair[:, None] * filters + n, mask=k_valid[:, None] & n_valid, other=0.0)
     return tl.dot(picture, matrix, acc, input_precision="ieee", out_dtype=S.COMPUTE)
@@ -146,7 +146,7 @@ def masked_conv2d_pixels(
 
     p = (tl.program_id(0) // (blocks_of_color * S.COLORS)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = (p < pixels)[:, None]
-    plane = tl.zeros((), tl.int64) + rows * columns
+    plane = (tl.zeros((), tl.int64) + rows) * columns
     batch = (p // plane)[:, None]
     in_plane = (p % plane)[:, None]
     y, x = in_plane // columns, in_plane % columns
@@ -180,7 +180,22 @@ def masked_conv2d_pixels(
             last += full
         for begin in range(first, last, BLOCK_K):
             acc = _step(
-                acc, source, weight, begin, last, zero + taps, y, x, valid, n, n_valid, channels, filters, height, width, S
+                acc,
+                source,
+                weight,
+                begin,
+                last,
+                zero + taps,
+                y,
+                x,
+                valid,
+                n,
+                n_valid,
+                channels,
+                filters,
+                height,
+                width,
+                S,
             )
     if S.HAS_BIAS:
         acc += tl.load(bias + n, mask=n_valid, other=0.0).to(S.COMPUTE)
@@ -220,8 +235,8 @@ def masked_conv2d_weight(
     n = filter[None, :].to(tl.int64)
     channel = pair % channels
     dy, dx = _offset((pair // channels)[:, None], S)
-    plane = tl.zeros((), tl.int64) + rows * columns
-    source_plane = tl.zeros((), tl.int64) + height * width
+    plane = (tl.zeros((), tl.int64) + rows) * columns
+    source_plane = (tl.zeros((), tl.int64) + height) * width
 
     seen = pair_valid & n_valid
     if S.COLORS > 1:
@@ -245,7 +260,9 @@ def masked_conv2d_weight(
         at += (batch[None, :] * channels + channel[:, None]) * source_plane
         picture = tl.load(source + at, mask=inside & pair_valid & p_valid[None, :], other=0.0)
         of_out = tl.load(
-            grad + (batch[:, None] * filters + n) * plane + in_plane[:, None], mask=p_valid[:, None] & n_valid, other=0.0
+            grad + (batch[:, None] * filters + n) * plane + in_plane[:, None],
+            mask=p_valid[:, None] & n_valid,
+            other=0.0,
         )
         acc = tl.dot(picture, of_out, acc, input_precision="ieee", out_dtype=S.COMPUTE)
     to = partial + (share.to(tl.int64) * pairs + pair[:, None]) * filters + n
@@ -255,11 +272,11 @@ def masked_conv2d_weight(
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by kernel and bytes of an element. What kernels_to_compile names spills
 # nothing. No GPU has measured them yet.
 _BLOCKS = {
-    ("pixels", 2): (128, 64, 32, 4, 3),
+    ("pixels", 2): (128, 64, 32, 8, 3),
     ("pixels", 4): (64, 32, 16, 4, 2),
     ("pixels", 8): (32, 32, 16, 4, 1),
-    ("weight", 2): (64, 64, 32, 4, 2),
-    ("weight", 4): (32, 32, 32, 4, 2),
+    ("weight", 2): (64, 64, 32, 8, 2),
+    ("weight", 4): (32, 32, 16, 4, 2),
     ("weight", 8): (32, 32, 16, 4, 1),
 }
 _FOLD_BELOW = 16  # channels
@@ -276,12 +293,12 @@ def _settings(
     transposed: bool = False,
     folded: bool = False,
     has_bias: bool = False,
+    pixels: int = 0,
 ) -> tuple[Settings, dict[str, int]]:
     block_m, block_n, block_k, warps, stages = _BLOCKS[kernel, dtype.itemsize]
-    if library.triton_interpreted():
-        block_m = block_n = block_k = 16
-        block_m = 64 if kernel == "pixels" else 16
-        block_k = 16 if kernel == "pixels" else 64
+    if library.triton_interpreted():  # few programs, but more than one
+        many = 32 if pixels <= 64 else 512
+        block_m, block_n, block_k = (many, 16, 16) if kernel == "pixels" else (16, 16, many)
     settings = Settings(
         *kernel_size,
         *numbers,
@@ -362,6 +379,7 @@ def forward(
         inclusive,
         folded=channels < _FOLD_BELOW,
         has_bias=bias is not None,
+        pixels=out.numel() // filters,
     )
     matrices = _seen_weights(weight, taps + (colors > 1), (2, 1, 0))
     _run_pixels(x.contiguous(), matrices, bias, out, taps, settings, options)
@@ -393,15 +411,17 @@ def backward(
         of_x = torch.empty_like(x)
         if x.numel() > 0:
             folded = filters < _FOLD_BELOW
+            pixels = x.shape[0] * x.shape[2] * x.shape[3]
             settings, options = _settings(
-                "pixels", x.dtype, (kh, kw), numbers, colors, inclusive, transposed=True, folded=folded
+                "pixels", x.dtype, (kh, kw), numbers, colors, inclusive, transposed=True, folded=folded, pixels=pixels
             )
             matrices = _seen_weights(weight, seen, (2, 0, 1))
             _run_pixels(grad_out, matrices, None, of_x, taps, settings, options)
     if needs_weight:
         of_weight = torch.zeros_like(weight)
         if grad_out.numel() > 0 and seen > 0 and weight.numel() > 0:
-            settings, options = _settings("weight", x.dtype, (kh, kw), numbers, colors, inclusive)
+            pixels = grad_out.numel() // filters
+            settings, options = _settings("weight", x.dtype, (kh, kw), numbers, colors, inclusive, pixels=pixels)
             found = _run_weight(x, grad_out, taps, seen, settings, options)  # (seen, C, D)
             of_weight.flatten(2)[:, :, :seen] = found.permute(2, 1, 0).to(weight.dtype)
     if needs_bias:
@@ -417,8 +437,8 @@ def _run_weight(x: Tensor, grad_out: Tensor, taps: int, seen: int, settings: Set
     pixels, pairs = batch * rows * columns, seen * channels
     pixel_blocks = -(-pixels // settings.BLOCK_K)
     blocks = -(-pairs // settings.BLOCK_M) * -(-filters // settings.BLOCK_N)
-    # a share has 16 blocks of pixels or more, so that adding shares costs little; their number is one of shapes alone
-    shares = max(1, min(_PROGRAMS // blocks, pixel_blocks // 16))
+    # a share has 512 pixels or more, so that adding shares costs little; their number follows from the shapes alone
+    shares = max(1, min(_PROGRAMS // blocks, pixels // 512))
     share_blocks = -(-pixel_blocks // shares)
     shares = -(-pixel_blocks // share_blocks)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -448,13 +468,15 @@ def _run_weight(x: Tensor, grad_out: Tensor, taps: int, seen: int, settings: Set
 
 def kernels_to_compile() -> tuple[TritonKernel, ...]:
     """The specialisations of the compile gates."""
-    found = []
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        found.append(_specialised("pixels", masked_conv2d_pixels, dtype, has_bias=True))
-        found.append(_specialised("weight", masked_conv2d_weight, dtype))
-    found.append(_specialised("pixels", masked_conv2d_pixels, torch.bfloat16, transposed=True))
-    found.append(_specialised("pixels", masked_conv2d_pixels, torch.float32, transposed=True))
-    found.append(_specialised("pixels", masked_conv2d_pixels, torch.float32, has_bias=True, folded=True))
+    found = [
+        _specialised("pixels", masked_conv2d_pixels, torch.bfloat16, has_bias=True),
+        _specialised("pixels", masked_conv2d_pixels, torch.bfloat16, transposed=True),
+        _specialised("pixels", masked_conv2d_pixels, torch.float32, has_bias=True),
+        _specialised("pixels", masked_conv2d_pixels, torch.float32, has_bias=True, folded=True),
+        _specialised("pixels", masked_conv2d_pixels, torch.float64, transposed=True),
+        _specialised("weight", masked_conv2d_weight, torch.bfloat16),
+        _specialised("weight", masked_conv2d_weight, torch.float32),
+    ]
     return tuple(found)
 
 

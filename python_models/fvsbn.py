@@ -92,7 +92,7 @@ def fit(
         Fvsbn,
         papers=PAPERS,
         earlier={},
-        rate=2e-3,
+        rate=4e-3,
         weight_decay=0.1,
         shift=0.8,
         minutes=minutes,

@@ -96,7 +96,7 @@ def fit(
         lambda ink: Nade(ink, hidden),
         papers=PAPERS,
         earlier=digit_training.earlier_nats(folder, "fvsbn"),
-        rate=2e-3,
+        rate=3e-3,
         weight_decay=0.1,
         shift=0.8,
         minutes=minutes,

@@ -9,7 +9,8 @@ pixels share:
 
 :func:`mpkernels.convolution.nade_log_prob` is that recurrence, and its gradient; :func:`nade_sample` draws from it.
 With 4,000 digits instead of the 50,000 of the paper it stays a few nats behind the paper's figure (see
-digit_training.py for what is done about that). Where out/fvsbn/report.json is missing, the belief network is trained first, for a minute.
+digit_training.py for what is done about that). Where out/fvsbn/report.json is missing, the belief network is trained
+first, for a minute.
 """
 
 from __future__ import annotations

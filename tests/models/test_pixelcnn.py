@@ -181,7 +181,7 @@ def test_fit_learns_and_writes(data, stripes, tmp_path):
     sizes = MODELS[data] | ({"mixture": 3} if data == "photographs" else {"dropout": 0.1})
     pictures = stripes(sizes.get("colors", 1), sizes["side"], data == "digits")
     (tmp_path / "made").mkdir()
-    (tmp_path / "made" / "report.json").write_text(json.dumps({"figures": {"nats_test": 87.5}}))
+    (tmp_path / "made" / "report.json").write_text(json.dumps({"figures": {"nats": 87.5}}))
     reports, output = [], tmp_path / "pixelcnn"
     result = pixelcnn.fit(
         data,

@@ -2,14 +2,68 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from mpkernels import backends, checks
+from mpkernels.convolution.depthwise_conv1d import depthwise_conv1d
 from mpkernels.convolution.dilated_conv1d import autograd, reference, schema, sequences
 
 LARGEST_DILATION = 2**31 - 1
 ACTIVATIONS = (None, "silu", "swish")
+
+
+@overload
+def dilated_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    groups: int = 1,
+    causal: bool = True,
+    initial_state: Tensor | None = None,
+    return_state: Literal[False] = False,
+    activation: str | None = None,
+    seq_idx: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def dilated_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    groups: int = 1,
+    causal: bool = True,
+    initial_state: Tensor | None = None,
+    return_state: Literal[True],
+    activation: str | None = None,
+    seq_idx: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def dilated_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    groups: int = 1,
+    causal: bool = True,
+    initial_state: Tensor | None = None,
+    return_state: bool,
+    activation: str | None = None,
+    seq_idx: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def dilated_conv1d(
@@ -77,6 +131,18 @@ def dilated_conv1d(
         raise ValueError("return_state: expected False for a centred convolution (causal=False), got True")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected 'silu', 'swish' or None, got {activation!r}")
+    if causal and groups == x.shape[1] == weight.shape[0]:
+        return depthwise_conv1d(
+            x,
+            weight[:, 0],
+            bias,
+            dilation=dilation,
+            initial_state=initial_state,
+            return_state=return_state,
+            seq_idx=seq_idx,
+            activation=activation,
+            backend=backend,
+        )
     if seq_idx is not None:
         raise ValueError(
             "seq_idx: expected None unless the convolution is causal and depthwise (groups = C = D), got a "

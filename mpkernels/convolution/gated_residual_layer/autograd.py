@@ -242,8 +242,8 @@ def _gradient_of(ctx, wanted: Sequence[int], kept: Sequence[int]):
         full = list(tensors)
         for i, x in zip(wanted, chosen, strict=True):
             full[i] = x
-        del full[_GATES]
-        found = derivative.layer_gradient(*full, *settings)
+        given = [*full[:_GATES], *full[_GATES + 1 :], *settings]
+        found = derivative.layer_gradient(*given)
         return tuple(found[i] for i in kept)
 
     return gradient, [tensors[i] for i in wanted]

@@ -49,7 +49,7 @@ def layer_gradient(
 
     rows = x.shape[1] if residual else 0
     skips = projection.shape[0] - rows
-    of_residual = None if grad_residual is None else residual_scale * grad_residual.to(wide)
+    of_residual = None if grad_residual is None or not residual else residual_scale * grad_residual.to(wide)
     parts = [
         x.new_zeros(x.shape[0], size, x.shape[2], dtype=wide) if grad is None else grad.to(wide)
         for size, grad in ((rows, of_residual), (skips, grad_skip))

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from mpkernels.convolution import horizontal_stack, masked_conv2d, vertical_stack
 from python_models import digits
+from python_models.digit_training import earlier_nats
 from python_models.likelihood_training import Training, check_budget, draw_curve, print_result, with_progress
 from python_models.transformer_training import Curve, Progress, train
 
@@ -56,6 +57,7 @@ PAPERS = {
     "digits": "nats on binarised MNIST, 50,000 digits: PixelCNN 81.45, Gated PixelCNN 81.50 (pytorch-generative)",
     "photographs": "bits per dimension on CIFAR-10: PixelCNN 3.14, Gated PixelCNN 3.03, PixelCNN++ 2.92",
 }
+EARLIER = ("fvsbn", "nade", "made_natural", "made")  # the models of digits before this one
 SAMPLES, CURVE, MODEL = "samples.png", "curve.png", "model.pt"
 
 
@@ -142,9 +144,13 @@ class PixelCNN(nn.Module):
             inputs = 2 * config.colors
             self.above = nn.Parameter(torch.zeros(config.colors, inputs, 3, 3))
             self.left = nn.Parameter(torch.zeros(config.colors, inputs, 1, 3))
-            with torch.no_grad():  # the mean of two neighbours to begin with
+            with torch.no_grad():  # at first the mean of two neighbours, and by how much the colour before missed it
                 for color in range(config.colors):
                     self.above[color, 2 * color, 0, 1] = self.left[color, 2 * color, 0, 0] = 0.5
+                    if color > 0:
+                        before = 2 * color - 2
+                        self.left[color, before, 0, 1] = 0.9
+                        self.above[color, before, 0, 1] = self.left[color, before, 0, 0] = -0.45
 
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         """Distributions (B, colors, outputs, H, W) of the pixels (B, colors, H, W), which are in [-1, 1]."""
@@ -238,7 +244,7 @@ def load(data: str, batch: int, seed: int) -> Pictures:
 def load_digits(batch: int, seed: int) -> Pictures:
     """Binary digits, which are drawn anew from their intensities each time that they are trained on."""
     parts = digits.load_digits()
-    valid, test = (2 * digits.binarise(part, i + 1)[:, None] - 1 for i, part in enumerate((parts.valid, parts.test)))
+    valid, test = (2 * digits.binarise(part)[:, None] - 1 for part in (parts.valid, parts.test))  # as other models do
     generator = torch.Generator().manual_seed(seed)
 
     def batches() -> Iterator[Tensor]:
@@ -323,9 +329,9 @@ def held_out(model: PixelCNN, pictures: Tensor, backend: str | None = None) -> f
     return nats if model.config.mixture == 0 else nats / (math.log(2) * pictures[0].numel())
 
 
-# By data: sizes, and what a step takes. Digits are few: much dropout. Patches are many: none.
+# By data: sizes, and what a step takes. Digits are few: some dropout. Patches are many: none.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "digits": ({"dropout": 0.25}, {"batch": 16, "learning_rate": 3e-3, "weight_decay": 0.02}),
+    "digits": ({"dropout": 0.1}, {"batch": 16, "learning_rate": 3e-3, "weight_decay": 0.02}),
     "photographs": (
         {
             "colors": 3,
@@ -431,7 +437,7 @@ def fit(
         "figures": {unit: found["test"], f"{unit}_validation": found["valid"]},
         "unit": unit,
         "baselines": pictures.baselines,
-        "earlier_models": earlier_models(others) if data == "digits" and others is not None else {},
+        "earlier_models": earlier_nats(others, *EARLIER) if data == "digits" else {},
         "papers": PAPERS[data],
         "validation": curve.validation,
         "loss": {"first": curve.losses[0], "last": statistics.fmean(curve.losses[-20:])} if curve.losses else {},
@@ -474,18 +480,6 @@ def configure(sizes: dict[str, Any]) -> Config:
     return config
 
 
-def earlier_models(folder: pathlib.Path) -> dict[str, float]:
-    """Nats of digits by the models before this one, where they were trained: from their report.json."""
-    found = {}
-    for name in ("fvsbn", "nade", "made"):
-        path = folder / name / "report.json"
-        if path.is_file():
-            figures = json.loads(path.read_text()).get("figures", {})
-            nats = [value for key, value in figures.items() if "nats" in key and isinstance(value, float)]
-            found |= {name: nats[0]} if nats else {}
-    return found
-
-
 def _write(
     output: pathlib.Path, model: PixelCNN, result: dict, curve: Curve, drawn: Tensor | None, test: Tensor
 ) -> None:
@@ -495,8 +489,9 @@ def _write(
     unit = result["unit"].replace("_", " ")
     caption = f"{result['figures'][result['unit']]:.2f} {unit} of pictures that were held out."
     result["pictures"] = [{"file": CURVE, "title": f"{unit} while training", "caption": caption}]
-    if drawn is not None:
-        shown = torch.cat([drawn, test[: len(drawn)]])
+    if drawn is not None and len(test) > 0:
+        real = test[:: max(1, len(test) // len(drawn))][: len(drawn)]
+        shown = torch.cat([drawn, real])
         digits.save_grid((shown + 1) / 2, output / SAMPLES, 10, zoom=4 if model.config.side < 20 else 2)
         caption = f"The first {len(drawn)} are drawn from the model; the others are held-out pictures."
         result["pictures"].append({"file": SAMPLES, "title": "Samples", "caption": caption})

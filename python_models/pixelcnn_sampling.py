@@ -11,6 +11,7 @@ colour before is drawn, from a prefix of their inputs: the channels at the pixel
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 
@@ -153,11 +154,10 @@ def sample_cached(model: PixelCNN, uniform: Tensor) -> Tensor:
             linear.begin_row(row)
         for column in range(width):
             for color in range(colors):
-                for cache, following in zip(caches, [*caches[1:], None], strict=True):
-                    h = cache.pixel(column, color)
-                    if following is not None:
-                        following.left[:, following.reach + column, color * block : (color + 1) * block] = h
-                last[:, color * block : (color + 1) * block] = h.relu_()
+                part = slice(color * block, (color + 1) * block)
+                for cache, following in itertools.pairwise(caches):
+                    following.left[:, following.reach + column, part] = cache.pixel(column, color)
+                last[:, part] = caches[-1].pixel(column, color).relu_()
                 seen, part = (color + 1) * block, slice(color * hidden_block, (color + 1) * hidden_block)
                 at = torch.addmm(model.hidden_bias[part], last[:, :seen], hidden[:seen, part])
                 found[:, part] = at.relu_()

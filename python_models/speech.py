@@ -65,8 +65,8 @@ def load(audio: pathlib.Path | None = None, rate: int = RATE) -> Speech:
         if sound.numel() < 20:
             raise ValueError(f"audio: expected a recording, got {sound.numel()} samples in {str(folder)!r}")
         cuts = (0, round(0.9 * len(sound)), round(0.95 * len(sound)), len(sound))
-        parts = [[Utterance(folder.name, sound[a:b])] for a, b in itertools.pairwise(cuts)]
-        return Speech(*parts, rate)
+        train, valid, test = ([Utterance(folder.name, sound[a:b])] for a, b in itertools.pairwise(cuts))
+        return Speech(train, valid, test, rate)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".wav" and "silence" not in path.parts)
     if not files:
         raise FileNotFoundError(f"audio: expected a WAV file or a folder of them, found none in {str(folder)!r}")

@@ -7,7 +7,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,16 @@ class Curve(NamedTuple):
     interrupted: bool
 
 
+class Learner(Protocol):
+    """What learns in steps: :class:`Training`, or that of another model."""
+
+    def step(self, spent: float) -> float:
+        """One step, where this share of the budget is spent; the loss."""
+        ...
+
+
 def train(
-    training: Training,
+    training: Learner,
     validate: Callable[[], float],
     steps: int | None,
     minutes: float | None,

@@ -59,9 +59,9 @@ MODEL, SOUND, CURVE, SPECTROGRAM = "model.pt", "generated.wav", "curve.png", "sp
 class Config:
     """The sizes of a model."""
 
-    residual: int = 48  # channels between layers
-    gate: int = 48
-    skip: int = 96
+    residual: int = 64  # channels between layers
+    gate: int = 64
+    skip: int = 64
     hidden: int = 128  # channels before the output
     cycle: int = 9  # dilations 1, 2, 4, ... 2^(cycle - 1)
     cycles: int = 2
@@ -296,7 +296,7 @@ def fit(
     minutes: float | None = None,
     steps: int | None = None,
     batch: int = 4,
-    length: int = 8192,
+    length: int = 4096,
     learning_rate: float = 4e-3,
     backend: str | None = None,
     seed: int = 0,
@@ -464,7 +464,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--minutes", type=float, help="of training (8 if neither this nor --steps is given)")
     parser.add_argument("--steps", type=int, help="of training, instead of minutes")
-    for name, default in (("batch", 4), ("length", 8192), ("seed", 0)):
+    for name, default in (("batch", 4), ("length", 4096), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for field in dataclasses.fields(Config):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)

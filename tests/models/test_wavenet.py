@@ -2,9 +2,11 @@
 
 import json
 import math
+import pathlib
 import subprocess
 import sys
 import wave
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from python_models import speech, wavenet
 from python_models.speech import Speech, Utterance
 from python_models.wavenet import CLASSES, SILENCE, Config, WaveNet
 
-SIZES = {"residual": 8, "gate": 8, "skip": 8, "hidden": 8, "cycle": 3, "cycles": 2}
+SIZES: dict[str, Any] = {"residual": 8, "gate": 8, "skip": 8, "hidden": 8, "cycle": 3, "cycles": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +201,7 @@ def test_folders_are_split_by_name_and_files_in_time(tmp_path):
 
 def test_missing_speech_is_fetched_or_explained(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(speech, "IN_PACKAGE", speech.pathlib.Path("usr/share/no/such/folder"))
+    monkeypatch.setattr(speech, "IN_PACKAGE", pathlib.Path("usr/share/no/such/folder"))
     monkeypatch.setattr(speech.shutil, "which", lambda _: None)
     with pytest.raises(FileNotFoundError, match=r"audio: .*apt-get install asterisk-core-sounds-en-wav.*--audio"):
         speech.asterisk()
@@ -214,9 +216,9 @@ def test_missing_speech_is_fetched_or_explained(tmp_path, monkeypatch):
 
     def fetch(command, cwd=None, **_):
         if "download" in command:
-            (cwd / "package.deb").touch()
+            pathlib.Path(cwd or ".", "package.deb").touch()
         else:
-            folder = command[-1] / speech.IN_PACKAGE
+            folder = pathlib.Path(command[-1]) / speech.IN_PACKAGE
             folder.mkdir(parents=True)
             speech.write_wav(folder / "hello.wav", torch.zeros(9), 8000)
 
@@ -259,8 +261,7 @@ def test_interrupted_training_is_evaluated(sound, capsys):
         if report["step"] == 2:
             raise KeyboardInterrupt
 
-    settings = {"batch": 2, "length": 64, "seconds": 0.0, "output": None} | SIZES
-    result = wavenet.fit(steps=9, sound=sound, progress=progress, **settings)
+    result = wavenet.fit(steps=9, batch=2, length=64, seconds=0.0, sound=sound, output=None, progress=progress, **SIZES)
     assert result["steps_done"] == 2
     assert result["interrupted"]
     assert "Interrupted after 2 steps" in capsys.readouterr().out
@@ -281,7 +282,7 @@ def test_interrupted_training_is_evaluated(sound, capsys):
 )
 def test_bad_settings_are_named(arguments, message, sound):
     with pytest.raises(ValueError, match=message):
-        wavenet.fit(**{"output": None, "sound": sound} | arguments)
+        wavenet.fit(**{"output": None, "sound": sound, **arguments})
 
 
 def test_command_line(monkeypatch, capsys, tmp_path, sound):

@@ -2,10 +2,10 @@
 
     python benchmarks/convolution.py [--record] [--only WORDS] [--threads N] [--quick] [--no-compile] [--device DEVICE]
 
-Every row of ROWS is timed in one process, contestants in turn; a ratio is the median of those of the rounds. Loops of
-single samples (wavenet_generate, pixelcnn) have one thread, and their peers are timed over few samples. Memory is the
-growth of the resident set in a process of its own. ``--only`` chooses the rows that have all of its words in their
-names; ``--record`` replaces these rows in benchmarks/results/<machine>/convolution_peers.json.
+Every row of ROWS is timed in one process, contestants in turn; a ratio is the median of those of the rounds. The peers
+of wavenet_generate are timed over few samples. Memory is the growth of the resident set in a process of its own.
+``--only`` chooses the rows that have all of its words in their names; ``--record`` replaces these rows in
+benchmarks/results/<machine>/convolution_peers.json.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ from mpkernels.convolution import (
     gated_residual_layer,
     masked_conv2d,
     masked_linear,
+    pack,
     pixelcnn_mask,
+    wavenet_generate,
 )
+from mpkernels.convolution.wavenet_generate import spec as wavenet
 from mpkernels.profiling import timing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,19 +196,18 @@ def made(device: str, scale: int, ordered: bool) -> Problem:
     )
 
 
-def generate(seconds: float, dtype: torch.dtype) -> dict:
+def generate(seconds: float, dtype: torch.dtype, steps: int = 2_000) -> dict:
     """nv-wavenet's "Medium" on one core: samples a second, beside recomputing and a loop with caches in torch."""
-    from mpkernels.convolution.wavenet_generate import loops, pack, wavenet_generate
-
-    network = loops.medium()
+    network = wavenet.random_network(torch.float32, torch.Generator().manual_seed(0), **wavenet.MEDIUM)
     packed = pack(network, dtype)
-    wavenet_generate(packed, 64)
-    steps = 2_000
+    field_of_view = 1 + sum((layer.weight.shape[2] - 1) * layer.dilation for layer in network.layers)
+    past = torch.randint(256, (1, field_of_view), generator=torch.Generator().manual_seed(0))
+    cached_steps = 40
     times = timing.paired(
         {
             OURS: lambda: wavenet_generate(packed, steps),
-            OF_CACHED: lambda: loops.cached(network, 40),
-            OF_RECOMPUTING: lambda: loops.recomputed(network, 1),
+            OF_CACHED: lambda: wavenet.eager_cached(network, cached_steps),
+            OF_RECOMPUTING: lambda: wavenet.recomputed(network, past),
         },
         budget_s=seconds,
         min_rounds=3,
@@ -217,22 +219,23 @@ def generate(seconds: float, dtype: torch.dtype) -> dict:
         "spread": {OURS: timing.spread(times, OURS)},
         "reached": {
             RATE: 1e-3 / own,
-            OF_CACHED: timing.ratio(times, OF_CACHED, OURS) * steps / 40,
+            OF_CACHED: timing.ratio(times, OF_CACHED, OURS) * steps / cached_steps,
             OF_RECOMPUTING: timing.ratio(times, OF_RECOMPUTING, OURS) * steps,
         },
     }
 
 
-def sample_pictures(seconds: float) -> dict:
+def sample_pictures(_: float) -> dict:
     """PixelCNN on 28 x 28: the cached loop beside the whole network a pixel, 16 pictures at a time."""
+    sys.path.insert(0, str(ROOT))
     from python_models import pixelcnn, pixelcnn_sampling
 
     model = pixelcnn.PixelCNN(pixelcnn.Config())
     found = pixelcnn_sampling.compare_sampling(model, 16)
     return {
-        "seconds": {OURS: found["cached"]},
+        "seconds": {OURS: found["cached_seconds"]},
         "spread": {},
-        "reached": {OF_NAIVE: found["ratio"]},
+        "reached": {OF_NAIVE: found["naive_over_cached"]},
     }
 
 
@@ -244,6 +247,7 @@ class Row:
     which: str = FORWARD
     make: Callable[[str, int], Problem] | None = None  # of (device, scale): lengths are divided by the scale
     loop: Callable[[float], dict] | None = None  # of seconds
+    threads: int | None = None
     bars: dict[str, float] = field(default_factory=dict)
     memory: bool = False
     compiled: bool = True
@@ -285,6 +289,7 @@ ROWS = (
         Row(
             f"wavenet_generate Medium, {str(dtype).removeprefix('torch.')} weights, 1 thread",
             loop=partial(generate, dtype=dtype),
+            threads=1,
             bars={RATE: 16.0, OF_RECOMPUTING: 200.0, OF_CACHED: 20.0},
         )
         for dtype in (torch.float32, torch.bfloat16)
@@ -364,7 +369,7 @@ def collect(rows: Sequence[Row], asked: argparse.Namespace, console: Console) ->
             found |= {"seconds": {}, "spread": {}, "reached": {}, "problems": {}}
             results.append(found)
             if row.loop is not None:
-                with settings(1):
+                with settings(row.threads):
                     found |= row.loop(0.1 if asked.quick else asked.seconds)
             elif row.memory:
                 measure_memory(found, row)

@@ -9,13 +9,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mpkernels import library
 from mpkernels.convolution import depthwise_conv1d, depthwise_conv1d_update
 from mpkernels.convolution.depthwise_conv1d import api
 from mpkernels.testing import compare, gradients, strategies
 from mpkernels.testing.properties import OpProperties
 
 FUZZ = settings(
-    max_examples=8,
+    max_examples=4 if library.triton_interpreted() else 8,
     deadline=None,
     derandomize=True,
     # one test runs in several subclasses, and interpreters take their time
@@ -145,6 +146,8 @@ class DepthwiseProperties(OpProperties):
         )
 
     def test_vmap_over_inputs_and_weights(self):
+        if self.backend == "triton" and self.device == "cpu":
+            return  # what folds a mapped dimension is the same on every backend; the interpreter is slow
         x, weight = normal(3, 2, 4, 7, dtype=torch.float64), normal(3, 4, 3, seed=1, dtype=torch.float64)
         seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 2, 2, 2, 2, -1, -1]], dtype=torch.int32)
 

@@ -117,15 +117,16 @@ def _numbers(rows: list, dtype: torch.dtype = torch.int32):
 
 
 _CASES = (
+    # (interpreters run costly checks on the first of those for gradcheck)
+    Case("dilated, without bias", _depthwise(1, 2, 5, 2, bias=False, dilation=3), second_order=True),
     Case("typical", _depthwise(2, 48, 70, 4, activation="silu")),
     Case("channels last", _depthwise(2, 44, 70, 4, channels_last=True, activation="silu")),
-    Case("small", _depthwise(2, 3, 6, 4, state=True, activation="silu"), second_order=True),
+    Case("small", _depthwise(1, 2, 5, 4, state=True, activation="silu"), second_order=True),
     Case(
         "sequences",
-        _depthwise(2, 2, 9, 3, channels_last=True, state=True, sequences=[[2, 3, 3], [8]], activation="silu"),
+        _depthwise(1, 2, 7, 3, channels_last=True, state=True, sequences=[[2, 3]], activation="silu"),
         second_order=True,
     ),
-    Case("dilated, without bias", _depthwise(1, 2, 7, 2, bias=False, dilation=3), second_order=True),
     Case("three taps, no activation", _depthwise(2, 8, 40, 3, state=True)),
     Case("two taps, channels last", _depthwise(1, 16, 33, 2, channels_last=True, state=True)),
     Case("seven taps, dilated", _depthwise(2, 5, 123, 7, dilation=5, state=True, activation="swish")),

@@ -134,8 +134,7 @@ struct Share {
                                       const Input& input) const {
     const S* from =
         weights + int64_t{panel} * most_width * whole + skipped * width + (chunk * pack_size<S> - panel * most_width);
-    constexpr int at_once = sizeof(T) == 8 ? 2 : 4;  // loads that are asked for before the first is used
-#pragma unroll at_once
+#pragma unroll 4
     for (int k = slice; k < depth; k += slices) {
       add_pack(sums, static_cast<T>(input(k)), *reinterpret_cast<const Pack<S>*>(from + k * width));
     }

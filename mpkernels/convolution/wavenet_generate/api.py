@@ -14,7 +14,8 @@ from mpkernels.convolution.wavenet_generate import reference, schema
 from mpkernels.convolution.wavenet_generate.packing import PackedWaveNet, WaveNetWeights, pack
 
 OUTPUTS = ("categorical", "logistic_mixture")
-_POSITIONS_A_CALL = 2048  # of the kernel: between calls, Python hears of Ctrl-C and progress is told
+# Positions of a call of the kernel, for up to 8 sequences: between calls, Python hears of Ctrl-C and progress is told.
+_POSITIONS_A_CALL = 2048
 
 
 class WaveNetState(NamedTuple):
@@ -127,11 +128,12 @@ def wavenet_generate(
     seed = _seed(seed, device)
     chosen = backends.choose(schema.GENERATE, device.type, backend)
 
+    at_once = _POSITIONS_A_CALL if batch <= 8 else max(_POSITIONS_A_CALL * 8 // batch, 64)
     samples, logits = [state.last.new_empty((batch, 0))], []
     done = 0
     try:
         while done < length or not logits:
-            count = min(_POSITIONS_A_CALL, length - done)
+            count = min(at_once, length - done)
             forced = None if prompt is None or done >= given else prompt[:, done : done + count].contiguous()
             now = None if condition is None else condition[:, :, done : done + count]
             drawn = count - (0 if forced is None else forced.shape[1])

@@ -379,9 +379,9 @@ SPECS = (
         cases=_CASES,
         bad_inputs=_BAD,
         workloads=(
-            _workload("R64 S128 A256, 20 layers, float32", 2000),
-            _workload("R64 S128 A256, 20 layers, weights in bfloat16", 2000, stored=torch.bfloat16, eager=False),
-            _workload("R64 S128 A256, 20 layers, 8 sequences", 500, 8),
+            _workload("R64 S128 A256, 20 layers, float32", 500),
+            _workload("R64 S128 A256, 20 layers, weights in bfloat16", 500, stored=torch.bfloat16, eager=False),
+            _workload("R64 S128 A256, 20 layers, 8 sequences", 100, 8),
         ),
         eager=eager_cached,
         cost=_cost,

@@ -194,9 +194,8 @@ void backward_piece(const Backward<S>& p, int64_t piece) {
     return load_first<S>(p.in_weight + (unit + i) * dimensions + j, some);
   });
   for (int64_t d = 0; d < dimensions; ++d) {
-    each_vector<T>([&](int j) {
-      store<T>(w.out + d * width + j, load_first<S>(p.out_weight + d * p.hidden + unit + j, count - j));
-    });
+    const S* row = p.out_weight + d * p.hidden + unit;
+    for (int64_t i = 0; i < width; ++i) w.out[d * width + i] = i < count ? to_compute(row[i]) : T(0);
   }
   std::fill_n(w.of_in, 2 * dimensions * width, T(0));  // and of_out behind it
   std::fill_n(w.of_in_bias, width, T(0));

@@ -121,7 +121,7 @@ class Tcn(nn.Module):
         return self.read(x, backend=backend)[0]
 
     @torch.no_grad()
-    def write(self, beginning: Tensor, frames: int, seed: int, temperature: float = 0.8) -> Tensor:
+    def write(self, beginning: Tensor, frames: int, seed: int, temperature: float = 1.0) -> Tensor:
         """Continues (T, 88) by so many frames: (T + frames, 88)."""
         generator = torch.Generator().manual_seed(seed)
         logits, states = self.read(beginning.T[None])

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from python_models import digits, pixelcnn, pixelcnn_sampling
-from python_models.pixelcnn import Config, Pictures, PixelCNN
+from python_models import digits, pixelcnn, pixelcnn_pictures, pixelcnn_sampling
+from python_models.pixelcnn import Config, PixelCNN
+from python_models.pixelcnn_pictures import Pictures
 from python_models.pixelcnn_sampling import sample_cached, sample_naive, uniform_numbers
 
 TINY = {"width": 6, "layers": 2, "hidden": 24, "first_kernel": 5}
@@ -126,8 +127,8 @@ def test_draws_of_a_mixture_have_its_shares():
 
 
 def test_photographs_are_cut_into_patches():
-    pictures = pixelcnn.load_photographs(5, 0)
-    again = pixelcnn.load_photographs(5, 0)
+    pictures = pixelcnn_pictures.load_photographs(5, 0)
+    again = pixelcnn_pictures.load_photographs(5, 0)
     first = next(pictures.train)
     assert first.shape == (5, 3, pixelcnn.PATCH, pixelcnn.PATCH)
     assert torch.equal(first, next(again.train))
@@ -143,13 +144,13 @@ def test_photographs_are_cut_into_patches():
 
 def test_tiles_are_the_picture():
     picture = torch.arange(3 * 33 * 50).view(3, 33, 50)
-    cut = pixelcnn.tiles(picture)
+    cut = pixelcnn_pictures.tiles(picture)
     assert cut.shape == (2 * 3, 3, 16, 16)
     assert torch.equal(cut[4], picture[:, 16:32, 16:32])
 
 
 def test_digits_are_drawn_anew():
-    pictures = pixelcnn.load_digits(8, 0)
+    pictures = pixelcnn_pictures.load_digits(8, 0)
     first = next(pictures.train)
     assert first.shape == (8, 1, digits.SIDE, digits.SIDE)
     assert set(first.unique().tolist()) == {-1.0, 1.0}

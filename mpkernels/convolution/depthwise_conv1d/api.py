@@ -158,7 +158,7 @@ def depthwise_conv1d_update(
         cache_seqlens: (B,) int32, how many positions each sequence had before: the state is then a circular buffer,
             nothing is moved, and position t of x is written to (cache_seqlens + t) mod S.
         state_indices: (B,) int32, the row of ``state`` of each row of x, all different. Where it is below 0 the row is
-            skipped: its output is 0, and no state is written.
+            skipped: its output is 0, and no state is written. On a GPU a row behind the state is skipped too.
         backend: "reference", "cpu" or "cuda"; None chooses (see :func:`mpkernels.use_backend`).
 
     Returns:

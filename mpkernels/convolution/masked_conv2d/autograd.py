@@ -52,7 +52,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         needs = tuple(ctx.needs_input_grad[:2]) + (ctx.has_bias and ctx.needs_input_grad[2],)
-        found = _gradients(gradients[0], *ctx.saved_tensors, ctx.settings, needs, ctx.backend)
+        x, weight = ctx.saved_tensors
+        found = _gradients(gradients[0], x, weight, ctx.settings, needs, ctx.backend)
         return *(x if need else None for x, need in zip(found, needs, strict=True)), None, None
 
     @staticmethod
@@ -62,7 +63,7 @@ class _Convolution(torch.autograd.Function):
             (x,) = fold(info.batch_size, in_dims[:1], (x,))
             return unfold(_convolve(x, weight, bias, settings, backend), info.batch_size), 0
         tensors = [_samples(info.batch_size, dim, x) for dim, x in zip(in_dims[:3], inputs[:3], strict=True)]
-        return torch.stack([_convolve(*one, settings, backend) for one in zip(*tensors, strict=True)]), 0
+        return torch.stack([_convolve(x, w, b, settings, backend) for x, w, b in zip(*tensors, strict=True)]), 0
 
 
 class _ConvolutionBackward(torch.autograd.Function):
@@ -97,7 +98,7 @@ class _ConvolutionBackward(torch.autograd.Function):
             found = _gradients(grad, x, weight, settings, needs, backend)
             return (unfold(found[0], info.batch_size), *found[1:]), (0, None, None)
         tensors = [_samples(info.batch_size, dim, x) for dim, x in zip(in_dims[:3], inputs[:3], strict=True)]
-        found = [_gradients(*one, settings, needs, backend) for one in zip(*tensors, strict=True)]
+        found = [_gradients(g, x, w, settings, needs, backend) for g, x, w in zip(*tensors, strict=True)]
         return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0, 0, 0)
 
 
@@ -124,7 +125,8 @@ class _ConvolutionForwardMode(_Convolution):
     @staticmethod
     def jvp(ctx, *tangents):
         x, weight = ctx.saved_tensors
-        found = _along(*tangents[:3], ctx.like, x, weight, ctx.settings, ctx.backend)
+        along_x, along_weight, along_bias = tangents[:3]
+        found = _along(along_x, along_weight, along_bias, ctx.like, x, weight, ctx.settings, ctx.backend)
         return torch.zeros_like(ctx.like) if found is None else found
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pixelcnn_mask(kh: int, kw: int, out_channels: int, in_channels: int, mask_type: str, colors: int = 1) -> Tensor:
-    """Which weights of :func:`masked_conv2d` are seen: van den Oord et al. 2016, "Pixel Recurrent Neural Networks", 3.4.
+    """Which weights of :func:`masked_conv2d` are seen (van den Oord et al. 2016, "Pixel Recurrent Neural Networks").
 
     Args:
         kh, kw: size of the kernel, both odd.

@@ -23,7 +23,7 @@ def masked_conv2d(
     dilation_y: int,
     dilation_x: int,
 ) -> Tensor:
-    """out (B, D, ceil(H / stride_y), ceil(W / stride_x)), by the formula of schema.py."""
+    """The output (B, D, ceil(H / stride_y), ceil(W / stride_x)), by the formula of schema.py."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, channels, height, width = x.shape
     filters, _, kh, kw = weight.shape

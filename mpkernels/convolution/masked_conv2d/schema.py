@@ -18,8 +18,8 @@ stride_y, _x   int >= 1           pixels between outputs
 dilation_y, _x int >= 1           pixels between taps
 =============  =================  =====================================================================================
 
-    out[b, o, y, x] = bias[o] + sum over seen (t, c) of
-                      weight[o, c, i, j] x[b, c, y stride_y + (i - kh // 2) dilation_y, x stride_x + (j - kw // 2) dilation_x]
+    out[b, o, y, x] = bias[o] + sum over seen (t, c) of weight[o, c, i, j] x[b, c, y stride_y + dy, x stride_x + dx],
+    dy = (i - kh // 2) dilation_y,  dx = (j - kw // 2) dilation_x,
 
 with zeros outside of the picture; out is (B, D, ceil(H / stride_y), ceil(W / stride_x)). Every tap, or part of a tap,
 that is not seen is neither read nor multiplied, and has a gradient of exactly 0. All tensors are contiguous.

@@ -4,16 +4,16 @@
 
 over the seen taps t and the channels k alone: p runs over the pixels of all pictures, n over output channels. The
 gradient of x is the same product, with the roles of the channels exchanged and the places turned around
-(TRANSPOSED): the input pixel (y, x) collects from the outputs at ((y - dy) / stride_y, (x - dx) / stride_x), where these
-are whole numbers. The gradient of the weight sums over pixels:
+(TRANSPOSED): the input pixel (y, x) collects from the outputs at ((y - dy) / stride_y, (x - dx) / stride_x), where
+these are whole numbers. The gradient of the weight sums over pixels:
 
     of_weight[t, k, n] = sum_p source[k, place(p, t)] grad[p, n]
 
 Decomposition: a program makes BLOCK_M pixels of BLOCK_N output channels of one colour: the filters of a colour see the
-same channels through the tap that colours share, so that its hidden channels are left out of the loop. Seen weights are
-laid out once a call, neighbours in n. Where channels are few, pairs (t, k) are taken together (FOLDED), so that pictures
-of one colour fill a product's depth. A program of the weight's gradient makes BLOCK_M pairs (t, k) of BLOCK_N outputs
-over a share of the pixels; shares are added in their order, without atomics: the same bits in every run.
+same channels through the tap that colours share, so that its hidden channels are left out of the loop. Seen weights
+are laid out once a call, neighbours in n. Where channels are few, pairs (t, k) are taken together (FOLDED), so that
+pictures of one colour fill a product's depth. A program of the weight's gradient makes BLOCK_M pairs (t, k) of BLOCK_N
+outputs over a share of the pixels; shares are added in their order, without atomics: the same bits in every run.
 
 Work: 2 FLOPs a pixel, seen weight and output channel. Bytes: the output once; pictures once for every seen tap, and
 weights once for every block of pixels, from L2 as long as they fit there.
@@ -104,11 +104,11 @@ def _step(
     if S.FOLDED:
         channel = (k % channels)[None, :].to(tl.int64)
         pair = k.to(tl.int64)
-        dy, dx = _offset((k // channels)[None, :], S)
+        dy, dx = _offset((k // channels)[None, :], S)  # pyright: ignore[reportGeneralTypeIssues]
     else:
         channel = k[None, :].to(tl.int64)
         pair = tap.to(tl.int64) * channels + k
-        dy, dx = _offset(tap, S)
+        dy, dx = _offset(tap, S)  # pyright: ignore[reportGeneralTypeIssues]
     at, inside = _place(y, x, dy, dx, height, width, S)
     plane = (tl.zeros((), tl.int64) + height) * width
     picture = tl.load(source + (channel * plane + at), mask=valid & inside & k_valid[None, :], other=0.0)
@@ -234,7 +234,7 @@ def masked_conv2d_weight(
     n_valid = (filter < filters)[None, :]
     n = filter[None, :].to(tl.int64)
     channel = pair % channels
-    dy, dx = _offset((pair // channels)[:, None], S)
+    dy, dx = _offset((pair // channels)[:, None], S)  # pyright: ignore[reportGeneralTypeIssues]
     plane = (tl.zeros((), tl.int64) + rows) * columns
     source_plane = (tl.zeros((), tl.int64) + height) * width
 
@@ -486,7 +486,7 @@ def _specialised(blocks: str, function, dtype: torch.dtype, **flags) -> TritonKe
     name = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[dtype]
     constexprs = {"S": settings} | ({} if flags.get("has_bias") else {"bias": None})
     constexprs = {key: value for key, value in constexprs.items() if key in function.arg_names}
-    kinds = dict.fromkeys(("source", "weight", "bias", "grad", "out"), f"*{name}")
+    kinds: dict[str, str] = dict.fromkeys(("source", "weight", "bias", "grad", "out"), f"*{name}")
     kinds["partial"] = "*fp64" if dtype == torch.float64 else "*fp32"
     signature = {
         argument: "constexpr" if argument in constexprs else kinds.get(argument, "i32")
@@ -498,6 +498,7 @@ def _specialised(blocks: str, function, dtype: torch.dtype, **flags) -> TritonKe
         function=function,
         signature=signature,
         constexprs=constexprs,
+        num_warps=options["num_warps"],
+        num_stages=options["num_stages"],
         divisible=("width", "columns"),
-        **options,
     )

@@ -79,6 +79,9 @@ class NadeProperties(OpProperties):
         assert torch.equal(of_leaves[0][:, -1], torch.zeros(7, dtype=torch.float64))
         for a, b in zip(of_leaves, of_clean, strict=True):
             assert torch.equal(a, b)
+        x[:, -1] = float("inf")
+        (of_last,) = torch.autograd.grad(self.log_prob(x, leaves).sum(), leaves[0])
+        assert torch.equal(of_last[:, -1], torch.zeros(7, dtype=torch.float64))
 
     def test_samples_have_the_probabilities_that_are_said(self):
         parameters = weights(3, 4, spread=0.9)

@@ -35,7 +35,7 @@ def test_probabilities_sum_to_one():
 
 def test_a_pixel_depends_on_those_before_it_alone():
     x = torch.rand(1, 9, generator=torch.Generator().manual_seed(1))
-    slopes = torch.autograd.functional.jacobian(lambda x: small(9)(x)[0], x)[:, 0]  # (logit, input)
+    slopes = torch.func.jacrev(lambda x: small(9)(x)[0])(x)[:, 0]  # (logit, input)
     seen = torch.ones(9, 9).tril(-1) > 0
     assert torch.equal(slopes[~seen], torch.zeros(45))
     assert (slopes[seen] != 0).all()

@@ -63,7 +63,7 @@ def frames(count, length):
 def test_a_frame_depends_on_those_before_it_alone():
     """Logits after frame t, by frame s: exactly 0 for s > t, and for what lies before the receptive field."""
     model, x = tiny(), frames(1, 12)
-    slopes = torch.autograd.functional.jacobian(lambda x: model(x)[0].sum(0), x)[:, 0].abs().sum(1)  # (t, s)
+    slopes = torch.func.jacrev(lambda x: model(x)[0].sum(0))(x)[:, 0].abs().sum(1)  # (t, s)
     behind = torch.arange(12)[:, None] - torch.arange(12)
     seen = (behind >= 0) & (behind < 1 + 2 * (1 + 2))
     assert torch.equal(slopes[~seen], torch.zeros(int((~seen).sum()), dtype=torch.float64))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpkernels.convolution import mulaw_encode
+from mpkernels.convolution import mulaw_encode, wavenet_generate
 from python_models import speech, wavenet
 from python_models.speech import Speech, Utterance
 from python_models.wavenet import CLASSES, SILENCE, Config, WaveNet
@@ -81,6 +81,9 @@ def test_generation_is_what_the_whole_network_says():
     assert torch.equal(drawn[:12], prompt)
     logits, _ = model(torch.cat([torch.tensor([SILENCE]), drawn[:-1]])[None])
     assert torch.equal(logits[0, 12:].argmax(dim=1), drawn[12:])
+    found = wavenet_generate(model.weights(), 0, prompt=drawn[None], initial=SILENCE, return_logits=True).logits
+    assert found is not None
+    torch.testing.assert_close(found[0].T, logits[0])
     first = model.generate(30, seed=3)
     assert torch.equal(first, model.generate(30, seed=3))
     assert not torch.equal(first, model.generate(30, seed=4))
@@ -103,6 +106,9 @@ def test_generation_has_the_frequencies_of_the_network():
 def test_bits_are_the_same_in_pieces(monkeypatch):
     model, classes = tiny(), noise(70)
     whole = model.bits(classes)
+    logits, _ = model(torch.cat([torch.tensor([SILENCE]), classes[:-1]])[None])
+    expected = -logits[0].log_softmax(dim=1)[torch.arange(70), classes] / math.log(2)
+    torch.testing.assert_close(whole, expected.detach())
     monkeypatch.setattr(wavenet, "PIECE", 9)
     torch.testing.assert_close(model.bits(classes), whole)
     model.out.data.zero_()

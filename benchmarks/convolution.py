@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import subprocess
@@ -37,7 +38,7 @@ from mpkernels.convolution import (
     gated_residual_layer,
     masked_conv2d,
     masked_linear,
-    pack,
+    pack_wavenet,
     pixelcnn_mask,
     wavenet_generate,
 )
@@ -170,7 +171,7 @@ def made(device: str, scale: int, ordered: bool) -> Problem:
     """MADE's three layers 784-2000-2000-784; ``ordered`` or with the pixels in a random order."""
     generator = torch.Generator().manual_seed(0)
     sizes = (784, 2000 // scale, 2000 // scale, 784)
-    x, *weights = _normal((256, 784), *((o, i) for i, o in zip(sizes, sizes[1:], strict=False)), device=device)
+    x, *weights = _normal((256, 784), *((o, i) for i, o in itertools.pairwise(sizes)), device=device)
     biases = _normal(*((o,) for o in sizes[1:]), device=device)
     pixels = torch.arange(784) if ordered else torch.randperm(784, generator=generator)
     hidden = [torch.arange(n) * 783 // n for n in sizes[1:3]]
@@ -199,7 +200,7 @@ def made(device: str, scale: int, ordered: bool) -> Problem:
 def generate(seconds: float, dtype: torch.dtype, steps: int = 2_000) -> dict:
     """nv-wavenet's "Medium" on one core: samples a second, beside recomputing and a loop with caches in torch."""
     network = wavenet.random_network(torch.float32, torch.Generator().manual_seed(0), **wavenet.MEDIUM)
-    packed = pack(network, dtype)
+    packed = pack_wavenet(network, dtype)
     field_of_view = 1 + sum((layer.weight.shape[2] - 1) * layer.dilation for layer in network.layers)
     past = torch.randint(256, (1, field_of_view), generator=torch.Generator().manual_seed(0))
     cached_steps = 40

@@ -39,7 +39,7 @@ from mpkernels.convolution import (
     gated_residual_layer,
     mulaw_decode,
     mulaw_encode,
-    pack,
+    pack_wavenet,
     wavenet_generate,
 )
 from python_models import speech
@@ -207,7 +207,7 @@ class WaveNet(nn.Module):
         """Classes (T0 + steps,): those of a prompt (T0,), and as many as asked for that follow."""
         start = None if prompt is None else prompt[None]
         settings: dict[str, Any] = {"prompt": start, "seed": seed, "temperature": temperature, "initial": SILENCE}
-        return wavenet_generate(pack(self.weights()), steps, backend=backend, **settings).samples[0]
+        return wavenet_generate(pack_wavenet(self.weights()), steps, backend=backend, **settings).samples[0]
 
 
 def encode(utterances: list[Utterance]) -> list[Tensor]:

@@ -5,6 +5,7 @@
 #include "attention/attention_bfloat16.h"
 #include "attention/attention_products.h"
 #include "attention/attention_run.h"
+#include "common/dispatch.h"
 #include "common/tensor.h"
 
 #include <tuple>
@@ -58,22 +59,6 @@ Problem<S> problem_of(const Tensor& query, const Tensor& key, const Tensor& valu
   return p;
 }
 
-template <typename F>
-void dispatch(const Tensor& query, const F& f) {
-  switch (query.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      STD_TORCH_CHECK(false, "attention: no CPU kernel for this dtype");
-  }
-}
-
 // (B, H, rows, width), in the memory order (B, rows, H, width) where `heads_last`
 Tensor empty_heads(const Tensor& like, int64_t heads, int64_t rows, int64_t width, bool heads_last) {
   if (!heads_last) return empty({like.size(0), heads, rows, width}, like);
@@ -87,7 +72,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Tensor out = empty_heads(query, query.size(1), query.size(2), value.size(3), heads_last);
   const auto wide = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor lse = empty({query.size(0), query.size(1), query.size(2)}, query, wide);
-  dispatch(query, [&](auto element) {
+  dispatch_floating("attention", query, [&](auto element) {
     using S = decltype(element);
     const auto p = problem_of<S>(query, key, value, first, last, mask, bias, seed, scale, softcap, dropout_p);
     const auto to = heads_of<S>(out);
@@ -110,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_o
   const auto gradient = [&](const Tensor& x) { return empty_heads(x, x.size(1), x.size(2), x.size(3), heads_last); };
   Tensor of_query = gradient(query), of_key = gradient(key), of_value = gradient(value);
   Tensor of_bias = no_gradient(query);
-  dispatch(query, [&](auto element) {
+  dispatch_floating("attention", query, [&](auto element) {
     using S = decltype(element);
     using T = Compute<S>;
     const auto p = problem_of<S>(query, key, value, first, last, mask, bias, seed, scale, softcap, dropout_p);

@@ -21,6 +21,7 @@
 // one multiply-add a clock then takes 128 bytes of float32, or 64 of bfloat16, in some 8 clocks: 48 and 24 GB/s at 3
 // GHz.
 #include "attention/decode_attention_tile.h"
+#include "common/dispatch.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/tensor.h"
@@ -362,23 +363,6 @@ void run(const Problem<S>& in, const Tensor& like, S* out, int64_t out_batch, in
   });
 }
 
-// Calls f with a value of the dtype's C++ type.
-template <typename F>
-void dispatch(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      STD_TORCH_CHECK(false, "decode_attention: no CPU kernel for this dtype");
-  }
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                    const OptionalTensor& first, const OptionalTensor& last, const OptionalTensor& mask,
                                    const OptionalTensor& bias, double scale, double softcap, bool heads_last) {
@@ -388,7 +372,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   const bool wide = query.scalar_type() == ScalarType::Double;
   Tensor lse = empty({batch, heads, queries}, query, wide ? ScalarType::Double : ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
-  dispatch(query, [&](auto element) {
+  dispatch_floating("decode_attention", query, [&](auto element) {
     using S = decltype(element);
     const Problem<S> in(query, key, value, first, last, mask, bias, scale, softcap);
     run<S>(in, query, pointer<S>(out), out.stride(0), out.stride(1), out.stride(2), pointer<Compute<S>>(lse));

@@ -1,6 +1,7 @@
 // The depthwise convolution over time on the CPU: the ops of mpkernels/convolution/depthwise_conv1d/schema.py. Formula,
 // bytes and FLOPs: depthwise_conv1d.h.
 #include "convolution/depthwise_conv1d.h"
+#include "common/dispatch.h"
 #include "convolution/depthwise_conv1d_columns.h"
 #include "convolution/depthwise_conv1d_rows.h"
 
@@ -12,23 +13,6 @@
 namespace mpkernels {
 namespace depthwise_conv1d {
 namespace {
-
-// Calls f with a value of the dtype's C++ type.
-template <typename F>
-void dispatch(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      STD_TORCH_CHECK(false, "depthwise_conv1d: no CPU kernel for this dtype");
-  }
-}
 
 // Calls f with the number of taps, as a constant, where the kernels have it compiled in, else with 0.
 template <typename F>
@@ -54,7 +38,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
                const OptionalTensor& seq_idx, int64_t dilation, bool silu, bool channels_last) {
   Tensor out = new_sequences(x, x.size(0), x.size(1), x.size(2), channels_last);
   if (out.numel() == 0) return out;
-  dispatch(x, [&](auto element) {
+  dispatch_floating("depthwise_conv1d", x, [&](auto element) {
     using S = decltype(element);
     const Problem<S> in(x, weight, bias, state, seq_idx, dilation, silu, channels_last);
     dispatch_taps(in.taps, [&](auto constant) {
@@ -99,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   Tensor of_weight = needs_weight ? empty({channels, taps}, weight) : no_gradient(weight);
   Tensor of_bias = needs_bias ? empty({channels}, weight) : no_gradient(weight);
   Tensor of_state = needs_state ? new_sequences(x, batch, channels, left, channels_last) : no_gradient(x);
-  dispatch(x, [&](auto element) {
+  dispatch_floating("depthwise_conv1d", x, [&](auto element) {
     using S = decltype(element);
     using T = Compute<S>;
     const Problem<S> in(x, weight, bias, state, seq_idx, dilation, silu, channels_last);
@@ -209,7 +193,7 @@ Tensor update(const Tensor& x, const Tensor& state, const Tensor& weight, const 
   const int64_t batch = x.size(0), channels = x.size(1), length = x.size(2), taps = weight.size(1);
   Tensor out = empty({batch, channels, length}, x);
   if (out.numel() == 0) return out;
-  dispatch(x, [&](auto element) {
+  dispatch_floating("depthwise_conv1d", x, [&](auto element) {
     using S = decltype(element);
     using T = Compute<S>;
     const ByTap<T> weights(pointer<T>(weight), pointer<T>(bias), taps, channels);

@@ -10,6 +10,7 @@
 //
 // 2 B T C D K / groups FLOPs, forward and for each gradient; x, weight and out are the bytes. With 64 channels and more
 // the products are the limit.
+#include "common/dispatch.h"
 #include "convolution/time_products.h"
 
 #include <tuple>
@@ -24,7 +25,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
                int64_t dilation, int64_t groups, int64_t left, bool channels_last) {
   const Sizes n(x, weight.size(0), weight.size(2), groups);
   Tensor out = empty_sequences(x, n.outputs, n.length, channels_last);
-  dispatch_floating(x, [&](auto element) {
+  dispatch_floating("dilated_conv1d", x, [&](auto element) {
     using S = decltype(element);
     using T = Compute<S>;
     const Signal<const S> from(x, state, left);
@@ -54,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   Tensor of_weight = needs_weight ? empty({n.outputs, n.group_channels, n.taps}, x) : no_gradient(x);
   Tensor of_bias = needs_bias ? empty({n.outputs}, x) : no_gradient(x);
   Tensor of_state = needs_state ? empty({n.batch, n.channels, left}, x) : no_gradient(x);
-  dispatch_floating(x, [&](auto element) {
+  dispatch_floating("dilated_conv1d", x, [&](auto element) {
     using S = decltype(element);
     const Signal<const S> gradient(grad_out);
     const Widened<S> weights(weight);

@@ -14,6 +14,7 @@
 //
 // FLOPs a position: 2 (2 G (R K + A) + P G); the backward takes twice as many. With 64 channels the products are the
 // limit; the exponentials of the gates are a tenth of them.
+#include "common/dispatch.h"
 #include "convolution/time_products.h"
 
 #include <tuple>
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   Tensor of_skip = empty_sequences(x, projection.size(0) - residuals, length, channels_last);
   const auto wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor gates = keep ? empty_sequences(x, weight.size(0), length, channels_last, wide) : empty({0}, x, wide);
-  dispatch_floating(x, [&](auto element) {
+  dispatch_floating("gated_residual_layer", x, [&](auto element) {
     using S = decltype(element);
     using T = Compute<S>;
     const Layer<S> in(x, weight, offset, condition, condition_weight, projection, projection_bias, state, dilation,
@@ -222,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   const auto wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor of_z = empty({batch, weight.size(0), length}, x, wide);
 
-  dispatch_floating(x, [&](auto element) {
+  dispatch_floating("gated_residual_layer", x, [&](auto element) {
     using S = decltype(element);
     using T = Compute<S>;
     const Layer<S> in(x, weight, offset, condition, condition_weight, projection, projection_bias, state, dilation,

@@ -4,6 +4,7 @@
 // The forward and the gradient of x are the same sums (masked_conv2d_pixels.h): an input pixel collects from the
 // outputs that saw it, through the taps turned around. With a stride, the input pixels of each phase are a convolution
 // of their own, with the taps that reach them. The gradient of the weight: masked_conv2d_weight.h.
+#include "common/dispatch.h"
 #include "common/tensor.h"
 #include "convolution/masked_conv2d_pixels.h"
 #include "convolution/masked_conv2d_weight.h"
@@ -21,22 +22,6 @@ struct Settings {
   bool inclusive;
   int64_t stride_y, stride_x, dilation_y, dilation_x;
 };
-
-template <typename F>
-void dispatch(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      STD_TORCH_CHECK(false, "masked_conv2d: no CPU kernel for this dtype");
-  }
-}
 
 template <typename S>
 Picture<S> picture_of(const Tensor& x) {
@@ -72,7 +57,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
   const int64_t rows = (x.size(2) + stride_y - 1) / stride_y, columns = (x.size(3) + stride_x - 1) / stride_x;
   Tensor out = empty({x.size(0), weight.size(0), rows, columns}, x);
   if (out.numel() == 0) return out;
-  dispatch(x, [&](auto element) {
+  dispatch_floating("masked_conv2d", x, [&](auto element) {
     using S = decltype(element);
     Sums<S> sums{};
     sums.in = picture_of<S>(x);
@@ -145,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
       needs_weight ? empty({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, x) : no_gradient(x);
   Tensor of_bias = needs_bias ? empty({weight.size(0)}, x) : no_gradient(x);
   const std::vector<Tap> seen = seen_taps(x, weight, grad, s);
-  dispatch(x, [&](auto element) {
+  dispatch_floating("masked_conv2d", x, [&](auto element) {
     using S = decltype(element);
     if (needs_x && x.numel() > 0) run_input<S>(grad, weight, seen, s, of_x);
     if (needs_weight && weight.numel() > 0) {

@@ -16,6 +16,7 @@
 //   the caller, zeros included.
 //
 // Sums have an order that depends on the staircase and the number of rows alone, never on threads.
+#include "common/dispatch.h"
 #include "common/tensor.h"
 #include "convolution/masked_linear_products.h"
 
@@ -27,22 +28,6 @@ namespace {
 
 constexpr int64_t input_block = 96;    // inputs whose gradient a thread forms at a time
 constexpr int64_t output_block = 256;  // rows of the weight that are sorted at a time, for the gradient of x
-
-template <typename F>
-void dispatch(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      STD_TORCH_CHECK(false, "masked_linear: no CPU kernel for this dtype");
-  }
-}
 
 int64_t blocks(int64_t size, int64_t block) {
   return (size + block - 1) / block;
@@ -126,7 +111,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   const int64_t rows = x.size(0), inputs = weight.size(1), outputs = weight.size(0);
   Tensor y = empty({rows, outputs}, x);
   if (rows == 0 || outputs == 0) return y;
-  dispatch(x, [&](auto element) {
+  dispatch_floating("masked_linear", x, [&](auto element) {
     using S = decltype(element);
     using T = Compute<S>;
     const auto layer = layer_of<S>(weight, order_in, order_out, count);
@@ -302,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     torch::stable::zero_(of_bias);
     return {of_x, of_weight, of_bias};
   }
-  dispatch(x, [&](auto element) {
+  dispatch_floating("masked_linear", x, [&](auto element) {
     using S = decltype(element);
     using T = Compute<S>;
     const auto layer = layer_of<S>(weight, order_in, order_out, count);

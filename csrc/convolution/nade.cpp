@@ -2,6 +2,7 @@
 // samples, lanes along hidden units) and nade_backward.h (a piece of the hidden units, all samples). Shapes of the
 // arguments: mpkernels/convolution/nade/schema.py. Weights are transposed and padded once a call. Bytes moved, beside
 // the weights: x and the logits once (N D numbers each).
+#include "common/dispatch.h"
 #include "common/parallel.h"
 #include "common/philox.h"
 #include "common/tensor.h"
@@ -12,22 +13,6 @@
 namespace mpkernels {
 namespace nade {
 namespace {
-
-template <typename F>
-void dispatch(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      STD_TORCH_CHECK(false, "nade: no CPU kernel for this dtype");
-  }
-}
 
 ScalarType wide_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -65,7 +50,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& in_weight, con
   const int64_t samples = x.size(0), dimensions = x.size(1);
   Tensor log_prob = empty({samples}, x, wide_type(x));
   Tensor logits = empty({samples, dimensions}, x, wide_type(x));
-  dispatch(x, [&](auto element) {
+  dispatch_floating("nade", x, [&](auto element) {
     using S = decltype(element);
     using T = Compute<S>;
     const auto [memory, w] = packed<S>(in_weight, in_bias, out_weight, out_bias);
@@ -100,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, 
   Tensor of_in_weight = empty({hidden, dimensions}, x), of_in_bias = empty({hidden}, x);
   Tensor of_out_weight = empty({dimensions, hidden}, x), of_out_bias = empty({dimensions}, x);
   Tensor deltas = empty({samples, dimensions}, x, wide_type(x));
-  dispatch(x, [&](auto element) {
+  dispatch_floating("nade", x, [&](auto element) {
     using S = decltype(element);
     using T = Compute<S>;
     const S* values = pointer<S>(x);
@@ -161,7 +146,7 @@ std::tuple<Tensor, Tensor> sample(int64_t samples, const Tensor& in_weight, cons
   const int64_t dimensions = in_weight.size(1);
   Tensor drawn = empty({samples, dimensions}, in_weight);
   Tensor log_prob = empty({samples}, in_weight, wide_type(in_weight));
-  dispatch(in_weight, [&](auto element) {
+  dispatch_floating("nade", in_weight, [&](auto element) {
     using S = decltype(element);
     using T = Compute<S>;
     const auto [memory, w] = packed<S>(in_weight, in_bias, out_weight, out_bias);

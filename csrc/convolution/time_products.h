@@ -344,23 +344,6 @@ void add_weight_pieces(const T* sums, int64_t pieces, int64_t stride, int64_t ta
   });
 }
 
-// Calls f with a number of the type of x.
-template <typename F>
-void dispatch_floating(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      STD_TORCH_CHECK(false, "convolution: no CPU kernel for this dtype");
-  }
-}
-
 // (B, channels, T), in the memory order (B, T, channels) where `channels_last`
 inline Tensor empty_sequences(const Tensor& like, int64_t channels, int64_t length, bool channels_last,
                               std::optional<ScalarType> dtype = std::nullopt) {

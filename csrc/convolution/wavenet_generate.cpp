@@ -1,9 +1,13 @@
 // WaveNet's sample loop on a CPU: one position after the other, each from what the rings keep of the past.
 //
-//   z_i = sum_{k, c} weight_i[., c, k] x_i[c, t + (k - K + 1) d_i] + sum_a condition_weight_i[., a] condition[a] +
-//   offset_i h_i = tanh(z_i[:G]) sigmoid(z_i[G:])      x_i+1 = scale (x_i + residual_i h_i + bias_i)      skip +=
-//   skip_i h_i + bias_i logits = output relu(hidden relu(skip) + bias) + bias          sample ~ softmax(logits), the
-//   input of the next position
+//   z_i    = sum_{k, c} weight_i[., c, k] x_i[c, t + (k - K + 1) d_i]
+//          + sum_a condition_weight_i[., a] condition[a] + offset_i
+//
+//   h_i    = tanh(z_i[:G]) sigmoid(z_i[G:])
+//
+//   x_i+1  = scale (x_i + residual_i h_i + bias_i),    skip += skip_i h_i + bias_i
+//
+//   logits = output relu(hidden relu(skip) + bias) + bias,    sample ~ softmax(logits): the input of the next position
 //
 // (van den Oord et al. 2016, "WaveNet", eq. 2 and figure 4; Paine et al. 2016, "Fast Wavenet".) Shapes, the order of
 // weights and of sums: mpkernels/convolution/wavenet_generate/schema.py.

@@ -14,7 +14,7 @@ from mpkernels.convolution.wavenet_generate import (
     WaveNetOutput,
     WaveNetState,
     WaveNetWeights,
-    pack,
+    pack_wavenet,
     wavenet_generate,
     wavenet_sample,
 )
@@ -38,7 +38,7 @@ __all__ = [
     "mulaw_encode",
     "nade_log_prob",
     "nade_sample",
-    "pack",
+    "pack_wavenet",
     "pixelcnn_mask",
     "vertical_stack",
     "wavenet_generate",

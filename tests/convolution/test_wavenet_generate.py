@@ -16,7 +16,7 @@ from mpkernels.convolution import (
     gated_residual_layer,
     mulaw_decode,
     mulaw_encode,
-    pack,
+    pack_wavenet,
     wavenet_generate,
     wavenet_sample,
 )
@@ -170,7 +170,7 @@ class WaveNetGenerateProperties(OpProperties):
             for layer in network.layers
         ]
         same = network._replace(layers=layers, hidden=rounded(network.hidden), output=rounded(network.output))
-        packed = self.generate(pack(network, torch.bfloat16), 6, condition=condition)
+        packed = self.generate(pack_wavenet(network, torch.bfloat16), 6, condition=condition)
         wanted = self.generate(same, 6, condition=condition)
         self.same(packed.samples, wanted.samples)
         if self.backend == "cpu":
@@ -306,7 +306,7 @@ class TestCpu(WaveNetGenerateProperties):
         """gated_residual_layer over everything before each sample, 1x1 convolutions, wavenet_sample: the same bits."""
         given = torch.float64 if stored == torch.float64 else torch.float32
         shape: dict[str, Any] = {"residual": 33, "gates": 40, "skip": 50, "hidden": 37, "dilations": (1, 2, 4, 8, 3)}
-        packed = pack(self.network(output, dtype=given, taps=3, condition=5, **shape), stored)
+        packed = pack_wavenet(self.network(output, dtype=given, taps=3, condition=5, **shape), stored)
         condition = normal(2, 5, 12, dtype=given)
         offsets = normal(5, 2, 80, seed=1, dtype=given)
         arguments: dict[str, Any] = {"seed": 4, "output": output}
@@ -321,7 +321,7 @@ class TestCpu(WaveNetGenerateProperties):
 
     @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
     def test_one_two_and_three_threads_are_bit_equal(self, stored):
-        packed = pack(network_of(residual=33, gates=20, skip=40), stored)
+        packed = pack_wavenet(network_of(residual=33, gates=20, skip=40), stored)
         threads = torch.get_num_threads()
         found = []
         try:
@@ -393,7 +393,7 @@ class TestMuLaw:
 
 def test_packed_weights_are_copies():
     network = network_of()
-    packed = pack(network)
+    packed = pack_wavenet(network)
     wanted: Any = wavenet_generate(packed, 5, temperature=0, return_logits=True).logits
     network.hidden.zero_()
     for layer in network.layers:
@@ -401,7 +401,7 @@ def test_packed_weights_are_copies():
     found: Any = wavenet_generate(packed, 5, temperature=0, return_logits=True).logits
     assert torch.equal(found, wanted)
     with pytest.raises(TypeError, match=r"dtype.*bfloat16.*float16"):
-        pack(network, torch.float16)
+        pack_wavenet(network, torch.float16)
 
 
 def test_every_name_is_exported():

@@ -7,7 +7,7 @@ from mpkernels.convolution.wavenet_generate.api import (
     wavenet_generate,
     wavenet_sample,
 )
-from mpkernels.convolution.wavenet_generate.packing import PackedWaveNet, WaveNetLayer, WaveNetWeights, pack
+from mpkernels.convolution.wavenet_generate.packing import PackedWaveNet, WaveNetLayer, WaveNetWeights, pack_wavenet
 
 __all__ = [
     "GenerationInterrupted",
@@ -16,7 +16,7 @@ __all__ = [
     "WaveNetOutput",
     "WaveNetState",
     "WaveNetWeights",
-    "pack",
+    "pack_wavenet",
     "wavenet_generate",
     "wavenet_sample",
 ]

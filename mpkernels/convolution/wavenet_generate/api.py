@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpkernels import backends, checks
 from mpkernels.convolution.wavenet_generate import reference, schema
-from mpkernels.convolution.wavenet_generate.packing import PackedWaveNet, WaveNetWeights, pack
+from mpkernels.convolution.wavenet_generate.packing import PackedWaveNet, WaveNetWeights, pack_wavenet
 
 OUTPUTS = ("categorical", "logistic_mixture")
 # Positions of a call of the kernel, for up to 8 sequences: between calls, Python hears of Ctrl-C and progress is told.
@@ -69,7 +69,7 @@ def wavenet_generate(
     any number of threads; and on the CPU the bits of gated_residual_layer over all that came before.
 
     Args:
-        network: weights, or what :func:`pack` made of them (do that once if you call more than once).
+        network: weights, or what :func:`pack_wavenet` made of them (do that once if you call more than once).
         steps: how many samples to draw after the prompt; 0 or more.
         batch: B, the number of sequences; default: that of the prompt, the state or the condition, else 1.
         prompt: (B, T0), the first samples: integers in [0, classes), or for a mixture values in the dtype of the
@@ -111,7 +111,7 @@ def wavenet_generate(
         >>> torch.equal(torch.cat([start.samples, rest.samples], 1), whole.samples)
         True
     """
-    packed = network if isinstance(network, PackedWaveNet) else pack(network)
+    packed = network if isinstance(network, PackedWaveNet) else pack_wavenet(network)
     steps = _integer("steps", steps, 0)
     first_sequence = _integer("first_sequence", first_sequence, 0)
     temperature = _temperature(temperature)

@@ -40,7 +40,7 @@ class WaveNetWeights(NamedTuple):
 
 
 class PackedWaveNet(NamedTuple):
-    """What :func:`pack` makes of weights: hand it to ``wavenet_generate`` in their place."""
+    """What :func:`pack_wavenet` makes of weights: hand it to ``wavenet_generate`` in their place."""
 
     network: WaveNetWeights  # the weights as they are used, for shapes and for the reference
     weights: Tensor  # (.,) all matrices
@@ -71,7 +71,7 @@ def _out(packed: PackedWaveNet) -> tuple[int]:
     return (packed.network.output.shape[0],)
 
 
-def pack(network: WaveNetWeights, dtype: torch.dtype | None = None) -> PackedWaveNet:
+def pack_wavenet(network: WaveNetWeights, dtype: torch.dtype | None = None) -> PackedWaveNet:
     """Puts the weights of a WaveNet in the order in which :func:`wavenet_generate` reads them, once for many calls.
 
     Args:
@@ -91,10 +91,10 @@ def pack(network: WaveNetWeights, dtype: torch.dtype | None = None) -> PackedWav
 
     Example:
         >>> import torch
-        >>> from mpkernels.convolution import WaveNetLayer, WaveNetWeights, pack
+        >>> from mpkernels.convolution import WaveNetLayer, WaveNetWeights, pack_wavenet
         >>> layers = [WaveNetLayer(torch.randn(16, 8, 2), torch.randn(8, 8), torch.randn(4, 8), 2**i) for i in range(3)]
         >>> network = WaveNetWeights(torch.randn(256, 8), layers, torch.randn(4, 4), torch.randn(256, 4))
-        >>> pack(network, torch.bfloat16).weights.dtype
+        >>> pack_wavenet(network, torch.bfloat16).weights.dtype
         torch.bfloat16
     """
     check(network)

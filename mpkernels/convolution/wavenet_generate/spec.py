@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mpkernels.convolution.wavenet_generate import api, schema
-from mpkernels.convolution.wavenet_generate.packing import PackedWaveNet, WaveNetLayer, WaveNetWeights, pack
+from mpkernels.convolution.wavenet_generate.packing import PackedWaveNet, WaveNetLayer, WaveNetWeights, pack_wavenet
 from mpkernels.spec import Arguments, BadInput, Case, Cost, OpSpec, Workload
 
 _DTYPES = {
@@ -329,7 +329,7 @@ def recomputed(network: WaveNetWeights, samples: Tensor) -> Tensor:
 def _cost(arguments: Arguments, backward: bool) -> Cost:
     """Bytes: the weights once for each position, as what comes before decides it. A multiply-add is 2 operations."""
     network = arguments.get("network")
-    packed = network if isinstance(network, PackedWaveNet) else pack(network or _whole(arguments)[0])
+    packed = network if isinstance(network, PackedWaveNet) else pack_wavenet(network or _whole(arguments)[0])
     positions = arguments["steps"] + (arguments["prompt"].shape[1] if "prompt" in arguments else 0)
     count = packed.weights.numel()
     return Cost(2 * count * positions * arguments.get("batch", 1), count * packed.weights.element_size() * positions)
@@ -340,7 +340,7 @@ def _workload(name: str, steps: int, batch: int = 1, stored: torch.dtype | None 
         network = random_network(dtype, generator, **MEDIUM)
         layers = [layer._replace(**_on(device, layer)) for layer in network.layers]
         network = network._replace(**(_on(device, network) | {"layers": layers}))
-        return {"network": pack(network, stored), "steps": steps, "batch": batch}
+        return {"network": pack_wavenet(network, stored), "steps": steps, "batch": batch}
 
     return Workload(name, make, steps * batch, backward=False, **settings)
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py and benchmarks/attention.py, as far as a machine without a GPU can run them."""
+"""benchmarks/gpu.py and the scripts that it starts, as far as a machine without a GPU can run them."""
 
 import dataclasses
 import importlib.util
@@ -360,3 +360,37 @@ def test_recorded_rows_replace_their_own(peers, tmp_path):
     for rows in ({"a": 1, "gone": 1}, {"b": 2, "a": 3}):
         peers.record({"measured": [{"name": n, "x": x} for n, x in rows.items()]}, path, ["a", "b"])
     assert json.loads(path.read_text())["measured"] == [{"name": "a", "x": 3}, {"name": "b", "x": 2}]
+
+
+@pytest.fixture(scope="module")
+def convolutions():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield load(ATTENTION.with_name("convolution.py"), "convolution_script", monkeypatch)
+
+
+def test_convolution_script_understands_its_arguments(convolutions, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    parsed = convolutions.parse(["--device", "cuda", "--record", "--results", "there", "--limit", "40"])
+    assert (parsed.device, parsed.record, str(parsed.results), parsed.limit) == ("cuda", True, "there", 40)
+    assert convolutions.main(["--only", "dilated nonsense"]) == terminal.BAD_USAGE
+    assert "--only: expected words of one of" in capsys.readouterr().err
+    for arguments in (["--quick", "--record"], ["--threads", "0"], ["--device", "tpu"]):
+        with pytest.raises(SystemExit) as caught:
+            convolutions.main(arguments)
+        assert caught.value.code == 2
+
+
+def test_every_row_of_a_convolution_has_peers_that_agree(convolutions):
+    for row in convolutions.ROWS:
+        if row.make is None or row.which == TRAINING:
+            continue
+        problem = row.make("cpu", 100)
+        with torch.no_grad():
+            ours, theirs = problem.ours(*problem.leaves), problem.eager(*problem.leaves)
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3, msg=lambda text, row=row: f"{row.name}: {text}")
+
+
+def test_a_row_of_a_convolution_is_measured(convolutions, tmp_path, capsys):
+    arguments = ["--quick", "--no-compile", "--only", "depthwise forward+backward", "--results", str(tmp_path)]
+    assert convolutions.main(arguments) == terminal.OK
+    assert "depthwise_conv1d + SiLU, forward+backward" in capsys.readouterr().out

@@ -13,12 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention
 import mpkernels
 
 ROOT = Path(__file__).resolve().parents[1]
-ATTENTION = ("attention.api", "attention_varlen", "decode_attention.api", "scaled_dot_product_attention")
-SPLATTING = ("rasterize", "rasterization", "project_gaussians", "spherical_harmonics", "intersect_tiles", "ssim")
-MODULES = [
-    *("mpkernels.backends", "mpkernels.testing", "mpkernels.volume.composite.api"),
-    *(f"mpkernels.attention.{module}" for module in ATTENTION),
-    *(f"mpkernels.splatting.{op}.api" for op in (*SPLATTING, "quat_scale_to_covar")),
+MODULES = [  # all that have examples
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted((ROOT / "mpkernels").rglob("*.py"))
+    if ">>> " in path.read_text()
 ]
 
 
@@ -79,6 +77,28 @@ def test_the_example_of_attention_md_runs():
     wanted = scaled_dot_product_attention(names["query"], names["key"], names["value"], attn_mask=visible)
     torch.testing.assert_close(names["out"], wanted)
     assert names["slope"].grad.abs().sum() > 0
+
+
+def test_the_convolution_example_runs():
+    (block,) = [block for block in examples("README.md") if "mpkernels.convolution" in block]
+    names: dict = {}
+    exec(block, names)
+    padded = torch.nn.functional.pad(names["x"], (512, 0))
+    wanted = torch.nn.functional.conv1d(padded, names["weight"], dilation=512)
+    torch.testing.assert_close(names["whole"], wanted, atol=1e-4, rtol=1e-4)
+    assert names["pictures"].shape == (2, 48, 16, 16)
+    assert (names["made"][:, 0] == 0).all()
+
+
+def test_the_examples_of_convolution_md_run():
+    first, second = examples("docs/convolution.md")
+    names: dict = {}
+    exec(first, names)
+    assert names["layer"].skip.shape == (1, 128, 16000)
+    assert names["pixels"].shape == (8, 96, 32, 32)
+    names = {}
+    exec(second, names)
+    torch.testing.assert_close(names["step"], names["more"][:, :, 0])
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import resource
 import warnings
@@ -68,6 +69,18 @@ def record(data: dict, path: Path, names: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = data | {"measured": [found[name] for name in names if name in found]}
     path.write_text(terminal.to_json(data) + "\n")
+
+
+def keep_freed_memory() -> None:
+    """Has glibc reuse memory that was freed, as caching allocators do, for all contestants.
+
+    By default it may return a large tensor to the system with every call, and the next call then waits for fresh pages:
+    several times the time of a memory-bound kernel, or not, from one process to the next.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mappings of single tensors
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 @contextlib.contextmanager

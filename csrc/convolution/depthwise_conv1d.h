@@ -78,7 +78,7 @@ struct Gradients {
 template <typename T>
 MPKERNELS_INLINE Vector<T> activation(Vector<T> y, bool silu) {
   if (!silu) return y;
-  return y / (1 + exponential<T>(-y).exp());
+  return y / one_plus_exp_minus<T>(y);
 }
 
 // The gradient of y from that of out.

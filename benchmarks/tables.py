@@ -9,6 +9,7 @@ from pathlib import Path
 
 import attention as attention_script
 import convolution as convolution_script
+import models as models_script
 from peers import bar
 
 from mpkernels.commands.bench_tables import cells
@@ -171,6 +172,24 @@ def _convolution(asked: bool) -> list[str]:
     return lines[:-1] if lines else ["Nothing is recorded yet."]
 
 
+def models() -> list[str]:
+    """What the autoregressive models reached, as benchmarks/models.py recorded it."""
+    lines: list[str] = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob(f"*/{models_script.FILE}")):
+        found = json.loads(path.read_text())["models"]
+        lines += [f"On `{path.parent.name}`:", ""]
+        lines += ["| model | data | held out | baselines | training | papers |", "|---|---|---|---|---|---|"]
+        for name, row in found.items():
+            unit = row["unit"].replace("_", " ")
+            beaten = ", ".join(f"{what} {value:.4g}" for what, value in row["baselines"].items())
+            minutes, steps = row["settings"].get("minutes"), row["steps_done"]
+            trained = f"{steps:,} steps" + (f", {minutes:g} minutes" if minutes else "")
+            value = f"**{row['figures'][row['unit']]:.4g}** {unit}"
+            lines.append(f"| {name} | {row['data']} | {value} | {beaten} | {trained} | {row.get('papers', '-')} |")
+        lines.append("")
+    return lines[:-1] if lines else ["Nothing is recorded yet."]
+
+
 def _recorded(device: str, file: str = attention_script.FILE) -> list[tuple[str, dict]]:
     """(machine, what was recorded there on a device)."""
     paths = sorted((ROOT / "benchmarks" / "results").glob(f"*/{file}"))
@@ -204,6 +223,7 @@ TABLES = {
     },
     "docs/attention.md": {"attention": attention_in_full},
     "docs/convolution.md": {"convolution": convolution_in_full},
+    "docs/autoregressive.md": {"models": models},
 }
 
 

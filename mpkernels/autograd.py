@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,3 +47,32 @@ def mapped_first(batch: int, in_dims: Sequence, tensors: Sequence[Tensor | None]
 def unfold(x: Tensor, batch: int) -> Tensor:
     """What :func:`fold` did, undone: (V N, ...) -> (V, N, ...)."""
     return x.unflatten(0, (batch, x.shape[0] // batch))
+
+
+def vjp(function: Callable, primals: Sequence):
+    """(function(*primals), what takes gradients of that to gradients of ``primals``)."""
+    found, transpose = torch.func.vjp(function, *primals)[:2]
+    return found, transpose
+
+
+def of_some(function: Callable, tensors: Sequence[Tensor | None], wanted: Sequence[int], kept: Sequence[int]):
+    """(the results numbered ``kept`` as a function of the ``tensors`` numbered ``wanted``, those tensors)."""
+
+    def chosen_results(*chosen: Tensor):
+        full = list(tensors)
+        for i, x in zip(wanted, chosen, strict=True):
+            full[i] = x
+        found = function(*full)
+        return tuple(found[i] for i in kept)
+
+    return chosen_results, [tensors[i] for i in wanted]
+
+
+def directional(function: Callable, primals: Sequence, tangents: Sequence):
+    """The derivative of ``function(*primals)`` along ``tangents``.
+
+    Its gradient, transposed once more: forward mode within forward mode is not to be had.
+    """
+    found, transpose = vjp(function, primals)
+    _, forwards = vjp(lambda *gradients: transpose(gradients), [torch.zeros_like(x) for x in found])
+    return forwards(tuple(tangents))

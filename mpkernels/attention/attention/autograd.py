@@ -14,7 +14,17 @@ from torch import Tensor
 
 from mpkernels import backends
 from mpkernels.attention.attention import derivative, schema
-from mpkernels.autograd import contiguous, differentiated, fold, forward_mode, mapped_first, unfold
+from mpkernels.autograd import (
+    contiguous,
+    differentiated,
+    directional,
+    fold,
+    forward_mode,
+    mapped_first,
+    of_some,
+    unfold,
+    vjp,
+)
 
 # Where the arguments of the two Functions stand: _Attention takes those of schema.py and the backend, and
 # _AttentionBackward takes grad_out, grad_lse, query, key, value, out, lse, and then the same from `first` on.
@@ -162,7 +172,7 @@ class _AttentionBackward(torch.autograd.Function):
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if not wanted or not kept:
             return tuple(result)
-        _, transpose = _vjp(*_gradient_of(ctx, wanted, kept))
+        _, transpose = vjp(*_gradient_of(ctx, wanted, kept))
         for i, x in zip(wanted, transpose(tuple(gradients[i] for i in kept)), strict=True):
             result[i] = x
         return tuple(result)
@@ -196,21 +206,11 @@ class _AttentionBackward(torch.autograd.Function):
 
 def _gradient_of(ctx, wanted: Sequence[int], kept: Sequence[int]):
     """The gradients numbered ``kept`` as a differentiable function of the saved tensors numbered ``wanted``."""
-    tensors, settings = ctx.saved_tensors, ctx.settings
 
-    def gradient(*chosen):
-        full = list(tensors)
-        for i, x in zip(wanted, chosen, strict=True):
-            full[i] = x
-        found = derivative.attention_gradient(*full[:5], *full[7:], *settings[:3])
-        return tuple(found[i] for i in kept)
+    def gradients(*saved):
+        return derivative.attention_gradient(*saved[:5], *saved[7:], *ctx.settings[:3])
 
-    return gradient, [tensors[i] for i in wanted]
-
-
-def _vjp(function, primals):
-    found, transpose = torch.func.vjp(function, *primals)[:2]
-    return found, transpose
+    return of_some(gradients, ctx.saved_tensors, wanted, kept)
 
 
 class _AttentionForwardMode(_Attention):
@@ -231,7 +231,7 @@ class _AttentionForwardMode(_Attention):
             return tuple(x for x in found if x is not None)
 
         # the gradient is linear in the gradients of the outputs: its transpose is the derivative in a direction
-        found, transpose = _vjp(gradient, zeros)
+        found, transpose = vjp(gradient, zeros)
         along = [tangents[i] for i in present]
         return transpose(tuple(torch.zeros_like(x) if t is None else t for x, t in zip(found, along, strict=True)))
 
@@ -250,10 +250,8 @@ class _AttentionBackwardForwardMode(_AttentionBackward):
         result = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.outputs]
         if not wanted:
             return tuple(result)
-        found, transpose = _vjp(*_gradient_of(ctx, wanted, kept))
-        # transposed twice: derivatives in a direction without nesting forward mode
-        _, forwards = _vjp(lambda *g: transpose(g), [torch.zeros_like(x) for x in found])
-        for i, x in zip(kept, forwards(tuple(tangents[i] for i in wanted)), strict=True):
+        found = directional(*_gradient_of(ctx, wanted, kept), [tangents[i] for i in wanted])
+        for i, x in zip(kept, found, strict=True):
             result[i] = x
         return tuple(result)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import contiguous, differentiated, forward_mode, mapped_first
+from mpkernels.autograd import contiguous, differentiated, directional, forward_mode, mapped_first, of_some, vjp
 from mpkernels.convolution.depthwise_conv1d import derivative, schema
 
 _TENSORS = 5  # x, weight, bias, state, seq_idx
@@ -140,7 +140,7 @@ class _DepthwiseBackward(torch.autograd.Function):
         result: list[Tensor | None] = [None] * 13
         if not wanted or not kept:
             return tuple(result)
-        _, transpose = _vjp(*_gradient_of(ctx, wanted, kept))
+        _, transpose = vjp(*_gradient_of(ctx, wanted, kept))
         for i, x in zip(wanted, transpose(tuple(gradients[i] for i in kept)), strict=True):
             result[i] = x
         return tuple(result)
@@ -189,21 +189,11 @@ def _one_by_one(function, batch: int, in_dims: Sequence, inputs: Sequence):
 
 def _gradient_of(ctx, wanted, kept):
     """The gradients numbered ``kept`` as a differentiable function of the saved tensors numbered ``wanted``."""
-    tensors = ctx.saved_tensors
 
-    def gradient(*chosen):
-        full = list(tensors)
-        for i, x in zip(wanted, chosen, strict=True):
-            full[i] = x
-        found = derivative.depthwise_gradient(*full, *ctx.settings)
-        return tuple(found[i] for i in kept)
+    def gradients(*saved):
+        return derivative.depthwise_gradient(*saved, *ctx.settings)
 
-    return gradient, [tensors[i] for i in wanted]
-
-
-def _vjp(function, primals):
-    found, transpose = torch.func.vjp(function, *primals)[:2]
-    return found, transpose
+    return of_some(gradients, ctx.saved_tensors, wanted, kept)
 
 
 class _DepthwiseForwardMode(_Depthwise):
@@ -218,7 +208,7 @@ class _DepthwiseForwardMode(_Depthwise):
         inputs = ctx.saved_tensors
         shape, dtype, device = ctx.output_like
         # the gradient is linear in the gradient of the output: its transpose is the derivative in a direction
-        found, transpose = _vjp(
+        found, transpose = vjp(
             lambda g: tuple(x for x in derivative.depthwise_gradient(g, *inputs, *ctx.settings[:2]) if x is not None),
             [torch.zeros(shape, dtype=dtype, device=device)],
         )
@@ -238,11 +228,9 @@ class _DepthwiseBackwardForwardMode(_DepthwiseBackward):
     def jvp(ctx, *tangents):
         wanted = [i for i in range(5) if ctx.saved_tensors[i] is not None and tangents[i] is not None]
         kept = [i for i, need in enumerate(ctx.needs) if need]
-        found, transpose = _vjp(*_gradient_of(ctx, wanted, kept))
-        # transposed twice: derivatives in a direction without nesting forward mode
-        _, forwards = _vjp(lambda *g: transpose(g), [torch.zeros_like(x) for x in found])
+        found = directional(*_gradient_of(ctx, wanted, kept), [tangents[i] for i in wanted])
         result = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.output_like]
-        for i, x in zip(kept, forwards(tuple(tangents[i] for i in wanted)), strict=True):
+        for i, x in zip(kept, found, strict=True):
             result[i] = _in_order(x, layout(ctx.saved_tensors[1])[1]) if x.dim() == 3 else x  # pyright: ignore
         return tuple(result)
 

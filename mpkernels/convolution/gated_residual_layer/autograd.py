@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import contiguous, differentiated, fold, forward_mode, mapped_first, unfold
+from mpkernels.autograd import (
+    contiguous,
+    differentiated,
+    directional,
+    fold,
+    forward_mode,
+    mapped_first,
+    of_some,
+    unfold,
+    vjp,
+)
 from mpkernels.convolution.dilated_conv1d.sequences import readable
 from mpkernels.convolution.gated_residual_layer import derivative, schema
 
@@ -210,7 +220,7 @@ class _LayerBackward(torch.autograd.Function):
         result: list[Tensor | None] = [None] * 17
         if not wanted or not kept:
             return tuple(result)
-        _, transpose = _vjp(*_gradient_of(ctx, wanted, kept))
+        _, transpose = vjp(*_gradient_of(ctx, wanted, kept))
         for i, x in zip(wanted, transpose(tuple(gradients[i] for i in kept)), strict=True):
             result[i] = x
         return tuple(result)
@@ -236,22 +246,11 @@ def _in_order(gates: Tensor, channels_last: bool) -> Tensor:
 
 def _gradient_of(ctx, wanted: Sequence[int], kept: Sequence[int]):
     """The gradients numbered ``kept`` as a differentiable function of the saved tensors numbered ``wanted``."""
-    tensors, settings = ctx.saved_tensors, ctx.settings
 
-    def gradient(*chosen):
-        full = list(tensors)
-        for i, x in zip(wanted, chosen, strict=True):
-            full[i] = x
-        given = [*full[:_GATES], *full[_GATES + 1 :], *settings]
-        found = derivative.layer_gradient(*given)
-        return tuple(found[i] for i in kept)
+    def gradients(*saved):
+        return derivative.layer_gradient(*saved[:_GATES], *saved[_GATES + 1 :], *ctx.settings)
 
-    return gradient, [tensors[i] for i in wanted]
-
-
-def _vjp(function, primals):
-    found, transpose = torch.func.vjp(function, *primals)[:2]
-    return found, transpose
+    return of_some(gradients, ctx.saved_tensors, wanted, kept)
 
 
 class _LayerForwardMode(_Layer):
@@ -273,7 +272,7 @@ class _LayerForwardMode(_Layer):
             return tuple(found[i] for i in present)
 
         # the gradient is linear in the gradients of the outputs: its transpose is the derivative in a direction
-        found, transpose = _vjp(gradient, (residual, skip))
+        found, transpose = vjp(gradient, (residual, skip))
         along = (tangents[i] for i in present)
         changes = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(found, along, strict=True))
         return (*transpose(changes), gates)  # nothing reads the tangent of gates
@@ -294,10 +293,8 @@ class _LayerBackwardForwardMode(_LayerBackward):
         result = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.outputs]
         if not wanted:
             return tuple(result)
-        found, transpose = _vjp(*_gradient_of(ctx, wanted, ctx.kept))
-        # transposed twice: derivatives in a direction without nesting forward mode
-        _, forwards = _vjp(lambda *g: transpose(g), [torch.zeros_like(x) for x in found])
-        for i, x in zip(ctx.kept, forwards(tuple(tangents[i] for i in wanted)), strict=True):
+        found = directional(*_gradient_of(ctx, wanted, ctx.kept), [tangents[i] for i in wanted])
+        for i, x in zip(ctx.kept, found, strict=True):
             result[i] = x
         return tuple(result)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import differentiated, fold, forward_mode, unfold
+from mpkernels.autograd import differentiated, directional, fold, forward_mode, of_some, unfold, vjp
 from mpkernels.convolution.nade import derivative, schema
 
 _TENSORS = 5  # x, in_weight, in_bias, out_weight, out_bias
@@ -90,7 +90,7 @@ class _NadeBackward(torch.autograd.Function):
         kept = [i for i, g in enumerate(gradients) if g is not None and (i > 0 or ctx.needs_x)]
         result: list[Tensor | None] = [None] * 9
         if wanted and kept:
-            _, transpose = _vjp(*_gradient_of(ctx, wanted, kept))
+            _, transpose = vjp(*_gradient_of(ctx, wanted, kept))
             for i, x in zip(wanted, transpose(tuple(gradients[i] for i in kept)), strict=True):
                 result[i if i == 0 else i + 1] = x
         return tuple(result)
@@ -102,21 +102,7 @@ class _NadeBackward(torch.autograd.Function):
 
 def _gradient_of(ctx, wanted: list[int], kept: list[int]):
     """The gradients numbered ``kept`` as a differentiable function of the saved tensors numbered ``wanted``."""
-    tensors = ctx.saved_tensors
-
-    def gradient(*chosen):
-        full = list(tensors)
-        for i, x in zip(wanted, chosen, strict=True):
-            full[i] = x
-        found = derivative.log_prob_gradient(*full)
-        return tuple(found[i] for i in kept)
-
-    return gradient, [tensors[i] for i in wanted]
-
-
-def _vjp(function, primals):
-    found, transpose = torch.func.vjp(function, *primals)[:2]
-    return found, transpose
+    return of_some(derivative.log_prob_gradient, ctx.saved_tensors, wanted, kept)
 
 
 def _one_by_one(function, info, in_dims, inputs):
@@ -139,7 +125,7 @@ class _NadeForwardMode(_Nade):
         inputs = ctx.saved_tensors
         samples = torch.zeros(inputs[0].shape[0], dtype=ctx.wide, device=inputs[0].device)
         # the gradient is linear in that of the output: its transpose is the derivative in a direction
-        found, transpose = _vjp(lambda grad: derivative.log_prob_gradient(grad, *inputs), (samples,))
+        found, transpose = vjp(lambda grad: derivative.log_prob_gradient(grad, *inputs), (samples,))
         along = [torch.zeros_like(x) if t is None else t for x, t in zip(found, tangents[:_TENSORS], strict=True)]
         return transpose(tuple(along))[0], torch.zeros_like(inputs[0], dtype=ctx.wide)
 
@@ -159,10 +145,8 @@ class _NadeBackwardForwardMode(_NadeBackward):
         result = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.outputs]
         if not wanted:
             return tuple(result)
-        found, transpose = _vjp(*_gradient_of(ctx, wanted, kept))
-        # transposed twice: derivatives in a direction without nesting forward mode
-        _, forwards = _vjp(lambda *g: transpose(g), [torch.zeros_like(x) for x in found])
-        for i, x in zip(kept, forwards(tuple(along[i] for i in wanted)), strict=True):
+        found = directional(*_gradient_of(ctx, wanted, kept), [along[i] for i in wanted])
+        for i, x in zip(kept, found, strict=True):
             result[i] = x
         return tuple(result)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import contiguous, differentiated, forward_mode, mapped_first, unfold
+from mpkernels.autograd import contiguous, differentiated, directional, forward_mode, mapped_first, of_some, unfold, vjp
 from mpkernels.volume.composite import derivative, schema
 
 
@@ -147,7 +147,7 @@ class _CompositeBackward(torch.autograd.Function):
         result: list[Tensor | None] = [None] * 16
         if not wanted or not kept:
             return tuple(result)
-        _, transpose = _vjp(*_gradient_of(ctx, wanted, kept))
+        _, transpose = vjp(*_gradient_of(ctx, wanted, kept))
         for i, x in zip(wanted, transpose(tuple(gradients[i] for i in kept)), strict=True):
             result[i] = x
         return tuple(result)
@@ -170,21 +170,11 @@ class _CompositeBackward(torch.autograd.Function):
 
 def _gradient_of(ctx, wanted, kept):
     """The gradients numbered ``kept`` as a differentiable function of the saved tensors numbered ``wanted``."""
-    tensors = ctx.saved_tensors
 
-    def gradient(*chosen):
-        full = list(tensors)
-        for i, x in zip(wanted, chosen, strict=True):
-            full[i] = x
-        found = derivative.composite_gradient(full[:4], full[4:], ctx.early_stop_eps)
-        return tuple(found[i] for i in kept)
+    def gradients(*saved):
+        return derivative.composite_gradient(saved[:4], saved[4:], ctx.early_stop_eps)
 
-    return gradient, [tensors[i] for i in wanted]
-
-
-def _vjp(function, primals):
-    found, transpose = torch.func.vjp(function, *primals)[:2]
-    return found, transpose
+    return of_some(gradients, ctx.saved_tensors, wanted, kept)
 
 
 class _CompositeForwardMode(_Composite):
@@ -199,7 +189,7 @@ class _CompositeForwardMode(_Composite):
         inputs = ctx.saved_tensors
         zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.output_shapes]
         # the gradient is linear in the gradients of the outputs: its transpose is the derivative in a direction
-        found, transpose = _vjp(
+        found, transpose = vjp(
             lambda *g: tuple(x for x in derivative.composite_gradient(g, inputs, ctx.settings[0]) if x is not None),
             zeros,
         )
@@ -220,11 +210,9 @@ class _CompositeBackwardForwardMode(_CompositeBackward):
         kept = [
             i for i, need in enumerate(ctx.needs) if need and (i < 3 or ctx.saved_tensors[(7, 9)[i - 3]] is not None)
         ]
-        found, transpose = _vjp(*_gradient_of(ctx, wanted, kept))
-        # transposed twice: derivatives in a direction without nesting forward mode
-        _, forwards = _vjp(lambda *g: transpose(g), [torch.zeros_like(x) for x in found])
+        found = directional(*_gradient_of(ctx, wanted, kept), [tangents[i] for i in wanted])
         result = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.output_shapes]
-        for i, x in zip(kept, forwards(tuple(tangents[i] for i in wanted)), strict=True):
+        for i, x in zip(kept, found, strict=True):
             result[i] = x
         return tuple(result)
 

@@ -91,7 +91,7 @@ def test_the_convolution_example_runs():
 
 
 def test_the_examples_of_convolution_md_run():
-    first, second = examples("docs/convolution.md")
+    first, second, third = examples("docs/convolution.md")
     names: dict = {}
     exec(first, names)
     assert names["layer"].skip.shape == (1, 128, 16000)
@@ -99,6 +99,7 @@ def test_the_examples_of_convolution_md_run():
     names = {}
     exec(second, names)
     torch.testing.assert_close(names["step"], names["more"][:, :, 0])
+    exec(third, names)
 
 
 @pytest.mark.parametrize("module", MODULES)

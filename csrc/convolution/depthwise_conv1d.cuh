@@ -250,7 +250,7 @@ __global__ void update_kernel(Problem<S> in,                 // x (B, C, T); its
     }
     const bool circular = cache_seqlens != nullptr;
     const int64_t start = circular && size > 0 ? cache_seqlens[b] % size : 0;
-    S* line = &state.at(row, c, 0);
+    S* line = size > 0 ? &state.at(row, c, 0) : nullptr;  // (without a state there is nothing to point to)
     // where position p, counted from x, is kept
     const auto slot = [&](int64_t p) {
       if (!circular) return size + p;

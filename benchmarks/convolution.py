@@ -4,8 +4,8 @@
 
 Every row of ROWS is timed in one process, contestants in turn; a ratio is the median of those of the rounds. The peers
 of wavenet_generate are timed over few samples. Memory is the growth of the resident set in a process of its own; where
-time is measured, the process keeps what was freed, so that no call begins with page faults.
-``--only`` chooses the rows that have all of its words in their names; ``--record`` replaces these rows in
+time is measured, the process keeps what was freed, so that no call begins with page faults (``--fresh-memory``: any
+may). ``--only`` chooses the rows that have all of its words in their names; ``--record`` replaces these rows in
 benchmarks/results/<machine>/convolution_peers.json.
 """
 
@@ -421,6 +421,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: torch's; loops over samples always have one")
     parser.add_argument("--quick", action="store_true", help="an eighth of each length: to see that everything runs")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    parser.add_argument("--fresh-memory", action="store_true", help="glibc's default: calls may wait for fresh pages")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=4.0, help="of measuring a row; default 4")
     parser.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="start no row after them")
@@ -429,6 +430,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     asked = parser.parse_args(arguments)
     if asked.record and asked.quick:
         parser.error("--record: expected whole lengths, got --quick")
+    if asked.record and asked.fresh_memory:
+        parser.error("--record: expected memory that is kept, got --fresh-memory")
     if asked.threads is not None and asked.threads < 1:
         parser.error(f"--threads: expected at least 1, got {asked.threads}")
     if asked.device == "cuda" and not torch.cuda.is_available():
@@ -450,7 +453,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names = "\n  ".join(row.name for row in on_device)
             print(f"--only: expected words of one of\n  {names}\ngot {asked.only}", file=sys.stderr)
             return terminal.BAD_USAGE
-        keep_freed_memory()
+        if not asked.fresh_memory:
+            keep_freed_memory()
         console = terminal.output()
         data: dict = {
             "versions": machine.versions(),

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from peers import MEMORY, bar, chosen, record, resident, settings
+from peers import MEMORY, bar, check, chosen, parser, record, resident, settings
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
@@ -387,25 +387,10 @@ def collect(rows: Sequence[Row], asked: argparse.Namespace, console: Console) ->
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true")
-    parser.add_argument("--only", action="append", default=[], metavar="WORDS", help="of a row's name (repeatable)")
-    parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--quick", action="store_true", help="an eighth of each length: to see that everything runs")
-    parser.add_argument("--no-flex", dest="flex", action="store_false", help="without FlexAttention")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--seconds", type=float, help="of measuring a row; default 4, on a GPU 0.3")
-    parser.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="start no row after them")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
-    parser.add_argument("--one", nargs=2, metavar=("ROW", "NAME"), help=argparse.SUPPRESS)
-    asked = parser.parse_args(arguments)
-    if asked.record and asked.quick:
-        parser.error("--record: expected whole lengths, got --quick")
-    if asked.threads is not None and asked.threads < 1:
-        parser.error(f"--threads: expected at least 1, got {asked.threads}")
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected cpu, got cuda: no CUDA device is visible to torch")
-    return asked
+    options = parser(__doc__)
+    options.add_argument("--no-flex", dest="flex", action="store_false", help="without FlexAttention")
+    options.add_argument("--seconds", type=float, help="of measuring a row; default 4, on a GPU 0.3")
+    return check(options, options.parse_args(arguments))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

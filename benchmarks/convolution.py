@@ -17,7 +17,6 @@ import importlib
 import importlib.util
 import itertools
 import json
-import math
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peers import MEMORY, bar, chosen, keep_freed_memory, record, resident, settings
+from peers import MEMORY, bar, check, chosen, keep_freed_memory, parser, record, resident, settings
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
@@ -415,28 +414,14 @@ def show(results: Sequence[dict], console: Console) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true")
-    parser.add_argument("--only", action="append", default=[], metavar="WORDS", help="of a row's name (repeatable)")
-    parser.add_argument("--threads", type=int, help="default: torch's; loops over samples always have one")
-    parser.add_argument("--quick", action="store_true", help="an eighth of each length: to see that everything runs")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
-    parser.add_argument("--fresh-memory", action="store_true", help="glibc's default: calls may wait for fresh pages")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--seconds", type=float, default=4.0, help="of measuring a row; default 4")
-    parser.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="start no row after them")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
-    parser.add_argument("--one", nargs=2, metavar=("ROW", "NAME"), help=argparse.SUPPRESS)
-    asked = parser.parse_args(arguments)
-    if asked.record and asked.quick:
-        parser.error("--record: expected whole lengths, got --quick")
+    options = parser(__doc__)
+    options.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    options.add_argument("--fresh-memory", action="store_true", help="glibc's default: calls may wait for fresh pages")
+    options.add_argument("--seconds", type=float, default=4.0, help="of measuring a row; default 4")
+    asked = options.parse_args(arguments)
     if asked.record and asked.fresh_memory:
-        parser.error("--record: expected memory that is kept, got --fresh-memory")
-    if asked.threads is not None and asked.threads < 1:
-        parser.error(f"--threads: expected at least 1, got {asked.threads}")
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected cpu, got cuda: no CUDA device is visible to torch")
-    return asked
+        options.error("--record: expected memory that is kept, got --fresh-memory")
+    return check(options, asked)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

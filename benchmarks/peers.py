@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import json
+import math
 import resource
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +18,7 @@ import torch._functorch.config
 
 from mpkernels.commands import terminal
 
+ROOT = Path(__file__).resolve().parents[1]
 MEMORY = "x inputs and outputs"  # the growth of the resident set by that
 AT_MOST = (MEMORY,)  # of the other bars, more is better
 
@@ -69,6 +72,31 @@ def record(data: dict, path: Path, names: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = data | {"measured": [found[name] for name in names if name in found]}
     path.write_text(terminal.to_json(data) + "\n")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that every such script has; :func:`check` says what is wrong with them."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--record", action="store_true")
+    found.add_argument("--only", action="append", default=[], metavar="WORDS", help="of a row's name (repeatable)")
+    found.add_argument("--threads", type=int, help="default: torch's")
+    found.add_argument("--quick", action="store_true", help="an eighth of each length: to see that everything runs")
+    found.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    found.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="start no row after them")
+    found.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
+    found.add_argument("--one", nargs=2, metavar=("ROW", "NAME"), help=argparse.SUPPRESS)
+    return found
+
+
+def check(found: argparse.ArgumentParser, asked: argparse.Namespace) -> argparse.Namespace:
+    """``asked``, unless it is wrong: then the script ends, and says why."""
+    if asked.record and asked.quick:
+        found.error("--record: expected whole lengths, got --quick")
+    if asked.threads is not None and asked.threads < 1:
+        found.error(f"--threads: expected at least 1, got {asked.threads}")
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        found.error("--device: expected cpu, got cuda: no CUDA device is visible to torch")
+    return asked
 
 
 def keep_freed_memory() -> None:

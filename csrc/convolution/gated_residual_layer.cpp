@@ -134,7 +134,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   return {of_residual, of_skip, gates};
 }
 
-// The first pass of the backward, over the positions `range` of sequence b.
+// The first pass of the backward, over the positions `range` of sequence b: whole panels, but for the last of a
+// sequence, where everything is 0 behind its end.
 template <typename S, typename T = Compute<S>>
 struct GateGradient {
   const Layer<S>& in;
@@ -160,22 +161,15 @@ struct GateGradient {
     for (int64_t t = range.begin; t < range.end; t += panel_columns) {
       const int64_t count = std::min(panel_columns, range.end - t);
       std::fill_n(out, in.rows() * panel_columns, T(0));
-      // what lies behind `count` belongs to another piece
-      const auto read = [&](Signal<const S> from, int64_t channels, T* to) {
-        from.length = t + count;
-        pack<S>(from, b, 0, channels, t, to);
-      };
       if (residual.data != nullptr) {
-        read(residual, in.residuals, out);
+        pack<S>(residual, b, 0, in.residuals, t, out);
         for (int64_t i = 0; i < in.residuals * panel_columns; i += lanes<T>) {
           store<T>(out + i, load_raw(out + i) * in.scale);
         }
       }
-      if (skip.data != nullptr) read(skip, in.skips, out + in.residuals * panel_columns);
+      if (skip.data != nullptr) pack<S>(skip, b, 0, in.skips, t, out + in.residuals * panel_columns);
       multiply_panel<T>({in.projection.get(), 1, in.gates}, out, of_h, in.gates, in.rows(), panel_columns);
-      Signal<const T> z_from = gates;
-      z_from.length = t + count;
-      pack<T>(z_from, b, 0, 2 * in.gates, t, z_panel);
+      pack<T>(gates, b, 0, 2 * in.gates, t, z_panel);
       for (int64_t i = 0; i < h_size; i += lanes<T>) {
         const Vector<T> filter = hyperbolic_tangent<T>(load_raw(z_panel + i));
         const Vector<T> gate = sigmoid<T>(load_raw(z_panel + h_size + i));

@@ -49,6 +49,20 @@ class OpProperties:
         """The op on the backend under test."""
         return tuple(op.function(**arguments, backend=self.backend))
 
+    def check_threads(self, op: spec.OpSpec, case: str, dtype: torch.dtype) -> None:
+        """Asserts that a case has the same bits on one, two and three threads, outputs and gradients."""
+        arguments = op.case(case).arguments(dtype)
+        threads, found = torch.get_num_threads(), []
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                outputs, of_inputs = gradients(lambda **a: self.call(op, **a), arguments, op.differentiable)
+                found.append([*outputs, *of_inputs.values()])
+        finally:
+            torch.set_num_threads(threads)
+        for others in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
     def test_backend_exists(self, op):
         assert backends.why_not(op.op, self.backend, self.device) is None
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
+from mpkernels.library import triton_interpreted
 
 # sizes around the widths of vectors, warps and blocks
 SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 123, 127, 128, 129)
@@ -31,3 +34,19 @@ def packed_infos(draw, *, rays: int = 8, longest: int = 70) -> tuple[torch.Tenso
         at += space + count
     rows = draw(st.permutations(list(zip(starts, counts, strict=True))))
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2), at + spaces[-1]
+
+
+def fuzz(examples: int, interpreted: int | None = None) -> settings:
+    """How often a test of several backends draws: the same numbers in every run, fewer in Triton's interpreter.
+
+    Args:
+        examples: how many.
+        interpreted: how many in Triton's interpreter, if not as many.
+    """
+    return settings(
+        max_examples=interpreted if interpreted is not None and triton_interpreted() else examples,
+        deadline=None,
+        derandomize=True,
+        # one test runs in several subclasses, and interpreters and fibres take their time
+        suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.data_too_large],
+    )

@@ -4,23 +4,16 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpkernels import masks, spec
 from mpkernels.attention import attention
 from mpkernels.attention.attention import dropout
-from mpkernels.library import triton_interpreted
 from mpkernels.testing import compare, gradients, strategies, upcast
 from mpkernels.testing.properties import OpProperties
 
-FUZZ = settings(
-    max_examples=4 if triton_interpreted() else 12,
-    deadline=None,
-    derandomize=True,
-    # one test runs in several subclasses, and interpreters take their time
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+FUZZ = strategies.fuzz(12, interpreted=4)
 NAMES = ("query", "key", "value", "bias")
 
 
@@ -400,20 +393,8 @@ class TestCpu(AttentionProperties):
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_any_number_of_threads_gives_the_same_bits(self, dtype):
-        op = spec.find("attention")
-        threads = torch.get_num_threads()
         for name in ("large", "grouped queries"):
-            arguments = op.case(name).arguments(dtype)
-            found = []
-            try:
-                for count in (1, 2, 3):
-                    torch.set_num_threads(count)
-                    outputs, of_inputs = gradients(lambda **a: self.call(op, **a), arguments, op.differentiable)
-                    found.append([*outputs, *of_inputs.values()])
-            finally:
-                torch.set_num_threads(threads)
-            for others in found[1:]:
-                assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+            self.check_threads(spec.find("attention"), name, dtype)
 
 
 @pytest.mark.triton_interpreted

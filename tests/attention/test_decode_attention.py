@@ -5,22 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpkernels import masks, spec
 from mpkernels.attention import attention, decode_attention
-from mpkernels.library import triton_interpreted
 from mpkernels.testing import compare, strategies
 from mpkernels.testing.properties import OpProperties
 
-FUZZ = settings(
-    max_examples=4 if triton_interpreted() else 10,
-    deadline=None,
-    derandomize=True,
-    # one test runs in several subclasses, and fibres take their time
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+FUZZ = strategies.fuzz(10, interpreted=4)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

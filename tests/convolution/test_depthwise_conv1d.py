@@ -6,22 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpkernels import library
 from mpkernels.convolution import depthwise_conv1d, depthwise_conv1d_update
 from mpkernels.convolution.depthwise_conv1d import api
 from mpkernels.testing import compare, gradients, strategies
 from mpkernels.testing.properties import OpProperties
 
-FUZZ = settings(
-    max_examples=4 if library.triton_interpreted() else 8,
-    deadline=None,
-    derandomize=True,
-    # one test runs in several subclasses, and interpreters take their time
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+FUZZ = strategies.fuzz(8, interpreted=4)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

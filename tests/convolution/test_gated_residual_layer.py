@@ -361,20 +361,8 @@ class TestCpu(GatedResidualLayerProperties):
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_any_number_of_threads_gives_the_same_bits(self, dtype):
-        op = spec.find("gated_residual_layer")
-        threads = torch.get_num_threads()
         for name in ("many", "many, channels last"):
-            arguments = op.case(name).arguments(dtype)
-            found = []
-            try:
-                for count in (1, 2, 3):
-                    torch.set_num_threads(count)
-                    outputs, of_inputs = gradients(lambda **a: self.call(op, **a), arguments, op.differentiable)
-                    found.append([*outputs, *of_inputs.values()])
-            finally:
-                torch.set_num_threads(threads)
-            for others in found[1:]:
-                assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+            self.check_threads(spec.find("gated_residual_layer"), name, dtype)
 
 
 @pytest.mark.triton_interpreted

@@ -4,21 +4,15 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mpkernels import spec
 from mpkernels.convolution import horizontal_stack, masked_conv2d, pixelcnn_mask, vertical_stack
-from mpkernels.testing import gradients
+from mpkernels.testing import gradients, strategies
 from mpkernels.testing.properties import OpProperties
 
-FUZZ = settings(
-    max_examples=6,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
-)
+FUZZ = strategies.fuzz(6)
 SIDE = 3  # of the pictures in which every output is asked what it sees
 
 
@@ -205,20 +199,8 @@ class TestCpu(MaskedConv2dProperties):
     backend = "cpu"
 
     def test_any_number_of_threads_gives_the_same_bits(self):
-        op = spec.find("masked_conv2d")
-        threads = torch.get_num_threads()
         for name in ("MNIST's first layer", "typical"):
-            arguments = op.case(name).arguments(torch.float32)
-            found = []
-            try:
-                for count in (1, 2, 3):
-                    torch.set_num_threads(count)
-                    outputs, of_inputs = gradients(lambda **a: self.call(op, **a), arguments, op.differentiable)
-                    found.append([*outputs, *of_inputs.values()])
-            finally:
-                torch.set_num_threads(threads)
-            for others in found[1:]:
-                assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+            self.check_threads(spec.find("masked_conv2d"), name, torch.float32)
 
     @pytest.mark.parametrize(
         ("shape", "filters", "kernel", "settings"),

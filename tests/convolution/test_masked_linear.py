@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpkernels import spec
@@ -14,12 +14,7 @@ from mpkernels.testing import compare, strategies
 from mpkernels.testing.checking import gradients
 from mpkernels.testing.properties import OpProperties
 
-FUZZ = settings(
-    max_examples=8,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+FUZZ = strategies.fuzz(8)
 
 
 @pytest.fixture(autouse=True)
@@ -200,15 +195,7 @@ class TestCpu(MaskedLinearProperties):
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_one_two_and_three_threads_are_bit_equal(self, dtype):
-        op = spec.find("masked_linear")
-        arguments = op.case("large").arguments(dtype)
-        found = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            outputs, of = gradients(lambda **a: self.call(op, **a), arguments, op.differentiable)
-            found.append([*outputs, *of.values()])
-        for others in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+        self.check_threads(spec.find("masked_linear"), "large", dtype)
 
     def test_gradients_that_nobody_wants_are_not_made(self):
         x, weight, ins, outs = normal(3, 5), normal(4, 5, seed=1), torch.arange(5).int(), torch.arange(4).int()

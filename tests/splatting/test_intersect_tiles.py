@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mpkernels import spec
@@ -14,13 +14,7 @@ from mpkernels.splatting.intersect_tiles import reference
 from mpkernels.testing import properties, strategies
 from mpkernels.testing.properties import OpProperties
 
-FUZZ = settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    # one test runs in several subclasses, and interpreters take their time
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+FUZZ = strategies.fuzz(20)
 
 
 @st.composite

@@ -2,22 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpkernels
 from mpkernels import spec
-from mpkernels.library import triton_interpreted
 from mpkernels.testing import compare, gradients, strategies, upcast
 from mpkernels.testing.properties import OpProperties
 
-FUZZ = settings(
-    max_examples=4 if triton_interpreted() else 12,
-    deadline=None,
-    derandomize=True,
-    # one test runs in several subclasses, and interpreters take their time
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+FUZZ = strategies.fuzz(12, interpreted=4)
 
 
 class CompositeProperties(OpProperties):

@@ -3,10 +3,11 @@ import json
 import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
-from mpkernels.commands import demo, report
+from mpkernels.commands import bench, demo, report
 from mpkernels.spec import find
 
 
@@ -141,3 +142,12 @@ def test_report_refuses_broken_results(run, tmp_path):
     assert result.exit_code == 2
     assert "--fresh" in result.stderr
     assert report.PAGE == "index.html"
+
+
+def test_what_other_scripts_recorded_is_passed_over(monkeypatch):
+    """The repository's own records, those of benchmarks/*.py among them."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+    monkeypatch.setattr(bench, "RESULTS", folder)
+    found = report.benches(fresh=False, allowed=False)
+    assert 0 < len(found) < len(list(folder.glob("*/*.json")))
+    assert all("machine_name" in data for data in found)

@@ -16,7 +16,7 @@ import pytest
 from mpkernels import library
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ("tests/volume", "tests/splatting", "tests/attention", "tests/convolution")
+OPS = ("tests/volume", "tests/splatting", "tests/attention", "tests/convolution", "tests/flows")
 CORE = "(error_within_bound and not float64) or stopped or closed_form or leaks"
 
 

@@ -1,6 +1,6 @@
-"""Records what the autoregressive models of python_models reached: out/*/report.json, for the tables of the documents.
+"""Records what the generative models of python_models reached: out/*/report.json, for the tables of the documents.
 
-python -m python_models.fvsbn   # and nade, made, tcn, pixelcnn, wavenet, each writes its report
+python -m python_models.fvsbn   # and the others: each writes its report
 python benchmarks/models.py     # writes benchmarks/results/<machine>/models.json; models without a report stay
 """
 
@@ -15,7 +15,7 @@ from mpkernels.commands import machine, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "models.json"
-REPORTS = {  # row -> folder of out/; in the order of the tables
+AUTOREGRESSIVE = {  # row -> folder of out/; in the order of the table
     "FVSBN": "fvsbn",
     "NADE": "nade",
     "MADE, natural order": "made_natural",
@@ -25,6 +25,16 @@ REPORTS = {  # row -> folder of out/; in the order of the tables
     "WaveNet": "wavenet",
     "TCN": "tcn",
 }
+FLOWS = {
+    "NICE": "nice",
+    "RealNVP": "realnvp",
+    "Glow": "glow",
+    "class-conditional flow": "conditional_flow",
+    "SRFlow": "srflow",
+    "StyleFlow": "styleflow",
+    "C-Flow": "cflow",
+}
+REPORTS = AUTOREGRESSIVE | FLOWS
 KEPT = ("data", "settings", "parameters", "steps_done", "figures", "unit", "baselines", "papers")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import attention as attention_script
 import convolution as convolution_script
 import models as models_script
 from peers import bar
+from rows import Script, cell
 
 from mpkernels.commands.bench_tables import cells
 from mpkernels.commands.terminal import seconds
@@ -143,29 +145,27 @@ def attention_in_full() -> list[str]:
 
 def convolution() -> list[str]:
     """What benchmarks/convolution.py recorded, without what was asked."""
-    return _convolution(asked=False)
+    return _peers(convolution_script.SCRIPT, asked=False)
 
 
 def convolution_in_full() -> list[str]:
     """Everything that benchmarks/convolution.py recorded, beside what issue 5 asks."""
-    return _convolution(asked=True)
+    return _peers(convolution_script.SCRIPT, asked=True)
 
 
-def _convolution(asked: bool) -> list[str]:
+def _peers(script: Script, asked: bool) -> list[str]:
     lines: list[str] = []
+    family = script.file.removesuffix("_peers.json")
     for device in ("cpu", "cuda"):
-        for machine, data in _recorded(device, convolution_script.FILE):
-            rows = data["measured"]
-            peers = [name for name in convolution_script.CONTESTANTS[1:] if any(name in r["seconds"] for r in rows)]
-            lines += [
-                f"**convolution** on `{machine}`, {data['threads']} threads, torch {data['versions']['torch']}",
-                "",
-            ]
+        for machine, data in _recorded(device, script.file):
+            found = data["measured"]
+            peers = script.measured(found)[1:]
+            lines += [f"**{family}** on `{machine}`, {data['threads']} threads, torch {data['versions']['torch']}", ""]
             lines += [f"| | pass | mpkernels | {' | '.join(peers)} | figures |" + (" asked |" if asked else "")]
             lines += [f"|---|---|---|{'---|' * len(peers)}---|" + ("---|" if asked else "")]
-            for row in rows:
-                shown = [convolution_script.cell(row, name) for name in ("mpkernels", *peers)]
-                shown += [convolution_script.figures(row) or "-", *([bar(row) or "-"] if asked else [])]
+            for row in found:
+                shown = [cell(row, name) for name in ("mpkernels", *peers)]
+                shown += [script.figures(row) or "-", *([bar(row) or "-"] if asked else [])]
                 memory = ", peak memory" if row["memory"] else ""
                 lines.append(f"| {row['what']}{memory} | {row['which']} | {' | '.join(shown)} |")
             lines.append("")
@@ -173,13 +173,26 @@ def _convolution(asked: bool) -> list[str]:
 
 
 def models() -> list[str]:
-    """What the autoregressive models reached, as benchmarks/models.py recorded it."""
+    """What the autoregressive models reached."""
+    return _models(models_script.AUTOREGRESSIVE)
+
+
+def flow_models() -> list[str]:
+    """What the flows reached."""
+    return _models(models_script.FLOWS)
+
+
+def _models(names: Iterable[str]) -> list[str]:
+    """What models reached, as benchmarks/models.py recorded it."""
     lines: list[str] = []
     for path in sorted((ROOT / "benchmarks" / "results").glob(f"*/{models_script.FILE}")):
         found = json.loads(path.read_text())["models"]
         lines += [f"On `{path.parent.name}`:", ""]
         lines += ["| model | data | held out | baselines | training | papers |", "|---|---|---|---|---|---|"]
-        for name, row in found.items():
+        for name in names:
+            if name not in found:
+                continue
+            row = found[name]
             unit = row["unit"].replace("_", " ")
             beaten = ", ".join(f"{what} {value:.4g}" for what, value in row["baselines"].items())
             minutes, steps = row["settings"].get("minutes"), row["steps_done"]

@@ -370,13 +370,13 @@ def convolutions():
 
 def test_convolution_script_understands_its_arguments(convolutions, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    parsed = convolutions.parse(["--device", "cuda", "--record", "--results", "there", "--limit", "40"])
+    parsed = convolutions.SCRIPT.parse(["--device", "cuda", "--record", "--results", "there", "--limit", "40"])
     assert (parsed.device, parsed.record, str(parsed.results), parsed.limit) == ("cuda", True, "there", 40)
-    assert convolutions.main(["--only", "dilated nonsense"]) == terminal.BAD_USAGE
+    assert convolutions.SCRIPT.main(["--only", "dilated nonsense"]) == terminal.BAD_USAGE
     assert "--only: expected words of one of" in capsys.readouterr().err
     for arguments in (["--quick", "--record"], ["--threads", "0"], ["--device", "tpu"]):
         with pytest.raises(SystemExit) as caught:
-            convolutions.main(arguments)
+            convolutions.SCRIPT.main(arguments)
         assert caught.value.code == 2
 
 
@@ -392,5 +392,5 @@ def test_every_row_of_a_convolution_has_peers_that_agree(convolutions):
 
 def test_a_row_of_a_convolution_is_measured(convolutions, tmp_path, capsys):
     arguments = ["--quick", "--no-compile", "--only", "depthwise forward+backward", "--results", str(tmp_path)]
-    assert convolutions.main(arguments) == terminal.OK
+    assert convolutions.SCRIPT.main(arguments) == terminal.OK
     assert "depthwise_conv1d + SiLU" in capsys.readouterr().out

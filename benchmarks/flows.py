@@ -2,8 +2,8 @@
 
     python benchmarks/flows.py [--record] [--only WORDS] [--threads N] [--quick] [--no-compile] [--device DEVICE]
 
-How: benchmarks/rows.py. nflows and zuko are timed where they are installed. ``--only`` chooses the rows that have all of
-its words in their names; ``--record`` replaces these rows in benchmarks/results/<machine>/flows_peers.json.
+How: benchmarks/rows.py. nflows and zuko are timed where they are installed. ``--only`` chooses the rows that have all
+of its words in their names; ``--record`` replaces these rows in benchmarks/results/<machine>/flows_peers.json.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 2. ``sanitize``: the small cases of every op on backend cuda, forward and backward, under memcheck and racecheck.
 3. ``bench``: as ``mpkernels bench --record``, into ``<results>/<machine>/<op>.json``, with a third pass, the backward
    alone, and with copies of the inputs in turn where they would stay in L2.
-4. ``peers``: families beside the kernels of others, by benchmarks/{attention,convolution,flows}.py, into <family>_peers.json.
+4. ``peers``: families beside the kernels of others, by a script of the family's name, into <family>_peers.json.
 
 It exits with 0; with 1 where a test, the sanitizer or one of our backends failed; with 2 where there is no GPU or an
 argument is wrong. What does not fit into the time limit is told, and is a failure if it is a test.

@@ -14,32 +14,33 @@ import models as models_script
 from peers import bar
 from rows import Script, cell
 
+from mpkernels import library
 from mpkernels.commands.bench_tables import cells
 from mpkernels.commands.terminal import seconds
 from mpkernels.spec import OpSpec, all_specs
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "splatting.json"  # of benchmarks/splatting.py
-BACKENDS = {  # backend -> what there is of it, in an op's folders
-    "reference": "mpkernels/{family}/{op}/reference.py",
-    "cpu": "csrc/{family}/{op}.cpp",
-    "triton": "mpkernels/{family}/{op}/triton.py",
-    "cuda": "csrc/{family}/{op}.cu",
-    "fibres": "csrc/{family}/{op}.cu",
-}
+BACKENDS = ("reference", "cpu", "triton", "cuda", "fibres")
 
 
 def ops() -> list[str]:
     """Every op, its formula, and the backends that have sources for it."""
     lines = [f"| op | formula | {' | '.join(BACKENDS)} |", f"|---|---|{'---|' * len(BACKENDS)}"]
     for spec in all_specs():
-        marks = ["yes" if _source(spec, path).exists() else "-" for path in BACKENDS.values()]
+        marks = ["yes" if _has_source(spec, backend) else "-" for backend in BACKENDS]
         lines.append(f"| `{spec.name}` | {spec.formula} | {' | '.join(marks)} |")
     return lines
 
 
-def _source(spec: OpSpec, path: str) -> Path:
-    return ROOT / path.format(family=spec.family, op=spec.op)
+def _has_source(spec: OpSpec, backend: str) -> bool:
+    """Whether there is an implementation in the sources, built or not."""
+    if backend == "reference":
+        return True
+    if backend == "triton":
+        return library.has_kernel("mpkernels_triton", spec.op, "CUDA")
+    sources = (ROOT / "csrc" / spec.family).glob("*.cpp" if backend == "cpu" else "*.cu")
+    return any(f'library.impl("{spec.op}"' in source.read_text() for source in sources)
 
 
 def results() -> list[str]:

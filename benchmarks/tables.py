@@ -10,6 +10,7 @@ from pathlib import Path
 
 import attention as attention_script
 import convolution as convolution_script
+import flows as flows_script
 import models as models_script
 from peers import bar
 from rows import Script, cell
@@ -154,6 +155,16 @@ def convolution_in_full() -> list[str]:
     return _peers(convolution_script.SCRIPT, asked=True)
 
 
+def flows() -> list[str]:
+    """What benchmarks/flows.py recorded, without what was asked."""
+    return _peers(flows_script.SCRIPT, asked=False)
+
+
+def flows_in_full() -> list[str]:
+    """Everything that benchmarks/flows.py recorded, beside what issue 6 asks."""
+    return _peers(flows_script.SCRIPT, asked=True)
+
+
 def _peers(script: Script, asked: bool) -> list[str]:
     lines: list[str] = []
     family = script.file.removesuffix("_peers.json")
@@ -234,10 +245,12 @@ TABLES = {
         "splatting": splatting,
         "attention": attention,
         "convolution": convolution,
+        "flows": flows,
     },
     "docs/attention.md": {"attention": attention_in_full},
     "docs/convolution.md": {"convolution": convolution_in_full},
     "docs/autoregressive.md": {"models": models},
+    "docs/flows.md": {"flows": flows_in_full, "models": flow_models},
 }
 
 

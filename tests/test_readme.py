@@ -102,6 +102,24 @@ def test_the_examples_of_convolution_md_run():
     exec(third, names)
 
 
+def test_the_flows_examples_run():
+    (block,) = [block for block in examples("README.md") if "mpkernels.flows" in block]
+    names: dict = {}
+    exec(block, names)
+    torch.testing.assert_close(names["y"][:, :24], names["x"][:, :24])
+    shift, raw = names["h"].chunk(2, 1)
+    wanted = torch.nn.functional.logsigmoid(raw + 2).flatten(1).sum(1)
+    torch.testing.assert_close(names["log_abs_det"], wanted)
+    assert all(p.grad is not None for p in names["flow"].parameters())
+
+
+def test_the_examples_of_flows_md_run():
+    names: dict = {}
+    for block in examples("docs/flows.md"):
+        exec(block, names)
+    assert names["samples"].shape == (10, 2)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_docstring_examples(module):
     found = doctest.testmod(importlib.import_module(module), extraglobs={"mpkernels": mpkernels, "torch": torch})

@@ -7,6 +7,7 @@ from mpkernels.flows.invertible_conv1x1 import PLU, invertible_conv1x1, plu_deco
 from mpkernels.flows.layouts import split_parameters
 from mpkernels.flows.reshaping import split, squeeze, unsqueeze
 from mpkernels.flows.slog_det_triangular import slog_det_triangular
+from mpkernels.flows.spline_coupling import pack_spline_parameters, spline_coupling
 
 __all__ = [
     "PLU",

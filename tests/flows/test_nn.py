@@ -1,12 +1,10 @@
-"""What the modules of flows promise: nflows' contract, round trips, states, and life inside other libraries' containers."""
+"""What the modules of flows promise: nflows' contract, round trips, gradients, states."""
 
 import copy
 import io
-import math
 
 import pytest
 import torch
-from torch.distributions import Independent, Normal, TransformedDistribution
 
 from mpkernels.flows import nn
 

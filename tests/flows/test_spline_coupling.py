@@ -9,3 +9,7 @@ class SplineProperties(OpProperties):
 
 class TestReference(SplineProperties):
     backend = "reference"
+
+
+class TestCpu(SplineProperties):
+    backend = "cpu"

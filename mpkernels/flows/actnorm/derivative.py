@@ -16,7 +16,13 @@ from mpkernels.flows.actnorm import schema
 
 
 def actnorm_gradient(
-    grad_y: Tensor, grad_log_abs_det: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, shift_first: bool, inverse: bool
+    grad_y: Tensor,
+    grad_log_abs_det: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    log_scale: Tensor,
+    shift_first: bool,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (x, bias, log_scale). Shapes as in schema.py."""
     wide, sign = schema.wide(x), -1 if inverse else 1

@@ -85,7 +85,7 @@ class ConvolutionProperties(OpProperties):
         assert bool(y.isfinite().all())
         for singular in (weight, plu_decompose(weight)):
             if self.device == "cpu":
-                with pytest.raises(ValueError, match="weight.*invertible.*singular"):
+                with pytest.raises(ValueError, match=r"weight.*invertible.*singular"):
                     self.run(x, singular, inverse=True)
             else:
                 assert not self.run(x, singular, inverse=True)[0].isfinite().all()

@@ -2,7 +2,8 @@
 
 Every variant is y = (x + before) scale + after, with scale = e^+-log_scale; for it
 
-    dL/dx = g scale,   dL/dbefore = scale sum g,   dL/dafter = sum g,   dL/dlog_scale = +-(scale sum g (x + before) + S h)
+    dL/dx = g scale,   dL/dbefore = scale sum g,   dL/dafter = sum g,
+    dL/dlog_scale = +-(scale sum g (x + before) + S h)
 
 where g is the gradient of y, h the sum of those of log_abs_det, and sums run over samples and positions.
 """

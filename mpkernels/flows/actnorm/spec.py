@@ -111,9 +111,8 @@ SPECS = (
         cost=_cost,
         triton_kernels=_triton_kernels,
         fastest_on_cuda="triton",
-        dtypes={
-            name: (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-            for name in ("reference", "cpu", "triton")
-        },
+        dtypes=dict.fromkeys(
+            ("reference", "cpu", "triton"), (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        ),
     ),
 )

@@ -157,6 +157,6 @@ SPECS = (
         eager=_eager,
         cost=_cost,
         trained=("x", "weight", "bias", "lower", "upper", "log_scale"),
-        dtypes={name: (torch.float32, torch.float64, torch.bfloat16, torch.float16) for name in ("reference", "cpu")},
+        dtypes=dict.fromkeys(("reference", "cpu"), (torch.float32, torch.float64, torch.bfloat16, torch.float16)),
     ),
 )

@@ -78,6 +78,6 @@ SPECS = (
         ),
         eager=lambda matrix: tuple(torch.linalg.slogdet(matrix))[::-1],
         cost=_cost,
-        dtypes={name: (torch.float32, torch.float64, torch.bfloat16, torch.float16) for name in ("reference", "cpu")},
+        dtypes=dict.fromkeys(("reference", "cpu"), (torch.float32, torch.float64, torch.bfloat16, torch.float16)),
     ),
 )

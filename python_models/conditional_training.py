@@ -88,12 +88,17 @@ class Beside(nn.Module):
         self.untold: Any = untold
 
     def log_prob(self, x: Tensor, context: Tensor) -> Tensor:
-        """log p of the flow that is told. In training its gradient is that of both flows, its value is not."""
+        """Nats log p of the flow that is told. In training its gradient is that of both flows, its value is not."""
         found = self.told.log_prob(x, context)
         if not self.training:
             return found
         beside = self.untold.log_prob(x)
         return found + (beside - beside.detach())
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of its parameters."""
+    return next(model.parameters()).dtype
 
 
 def configure(kind: type[C], sizes: dict[str, Any], **least: int) -> C:

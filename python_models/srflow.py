@@ -13,8 +13,8 @@ whose shift and scale are made of the features alone, and an affine coupling, wh
 
     h <- (h + bias) e^log_scale,  h <- W h,  h <- h s(features) + t(features),  coupling(h; features)
 
-It learns by likelihood alone: no loss of perception, no adversary. Latents of 0 give one picture near the middle of what
-fits; random ones of a standard deviation (the temperature) of 0.8 give others, each with details of its own.
+It learns by likelihood alone: no loss of perception, no adversary. Latents of 0 give one picture near the middle of
+what fits; random ones of a standard deviation (the temperature) of 0.8 give others, each with its own details.
 
 Smaller than the paper's: seven photographs instead of 3,450, five minutes instead of five days, patches of 32x32.
 Figures are not comparable with the paper's.
@@ -41,7 +41,7 @@ from mpkernels.flows.nn import (
     Sequential,
     Squeeze,
 )
-from python_models.conditional_training import check, configure, run
+from python_models.conditional_training import check, configure, dtype_of, run
 from python_models.flow_networks import ZeroConv2d
 from python_models.flow_training import (
     LEVELS,
@@ -73,8 +73,8 @@ class Config:
 
     side: int = 32  # of patches
     levels: int = 2  # each halves the sides, and all but the last put half of the channels aside
-    steps_a_level: int = 6
-    width: int = 48  # of the networks of couplings and injectors
+    depth: int = 6
+    hidden: int = 48  # channels of the networks of couplings and injectors
     features: int = 48  # channels of the encoder
     blocks: int = 3  # of the encoder
 
@@ -84,9 +84,9 @@ def lower(pictures: Tensor) -> Tensor:
     return F.avg_pool2d(pictures.float(), FACTOR).round().to(torch.uint8)
 
 
-def bicubic(low: Tensor) -> Tensor:
+def bicubic(low: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Levels (B, 3, h, w) to pictures (B, 3, 4 h, 4 w) in [-1/2, 1/2]."""
-    x = (low.to(torch.get_default_dtype()) + 0.5) / LEVELS - 0.5
+    x = (low.to(dtype) + 0.5) / LEVELS - 0.5
     return F.interpolate(x, scale_factor=FACTOR, mode="bicubic", align_corners=False).clamp(-0.5, 0.5)
 
 
@@ -117,14 +117,14 @@ class InjectorNetwork(nn.Module):
     """Shift and raw scale of every element, from the features alone.
 
     Args:
-        features, outputs, width: channels; ``outputs`` of shift and scale together.
+        features, outputs, hidden: channels; ``outputs`` of shift and scale together.
         larger: how many times the sides of the outputs are those of the features.
     """
 
-    def __init__(self, features: int, outputs: int, width: int, larger: int) -> None:
+    def __init__(self, features: int, outputs: int, hidden: int, larger: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(features, width, 3, padding=1)
-        self.last = ZeroConv2d(width, outputs * larger**2)
+        self.first = nn.Conv2d(features, hidden, 3, padding=1)
+        self.last = ZeroConv2d(hidden, outputs * larger**2)
         self.larger = larger
 
     def forward(self, context: Tensor) -> Tensor:
@@ -135,12 +135,12 @@ class InjectorNetwork(nn.Module):
 class CouplingNetwork(nn.Module):
     """Glow's network, to whose first layer the features are added, at a resolution of ``larger`` times their own."""
 
-    def __init__(self, inputs: int, outputs: int, width: int, features: int, larger: int) -> None:
+    def __init__(self, inputs: int, outputs: int, hidden: int, features: int, larger: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(inputs, width, 3, padding=1)
-        self.told = nn.Conv2d(features, width * larger**2, 1)
-        self.second = nn.Conv2d(width, width, 1)
-        self.last = ZeroConv2d(width, outputs)
+        self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
+        self.told = nn.Conv2d(features, hidden * larger**2, 1)
+        self.second = nn.Conv2d(hidden, hidden, 1)
+        self.last = ZeroConv2d(hidden, outputs)
         self.larger = larger
 
     def forward(self, kept: Tensor, context: Tensor) -> Tensor:
@@ -159,36 +159,41 @@ class SRFlow(nn.Module):
         levels, channels, larger = [], COLORS, FACTOR
         for _ in range(config.levels):
             channels, larger = 4 * channels, larger // 2
-            steps = [layer for _ in range(config.steps_a_level) for layer in self._step(channels, larger)]
+            steps = [layer for _ in range(config.depth) for layer in self._step(channels, larger)]
             transition = [ActNorm(channels), InvertibleConv1x1(channels)]  # before the injectors, as in the paper
             levels.append(Sequential(Squeeze(), *transition, *steps))
             channels //= 2
         self.flow = Flow(MultiScale(levels, input_shape=(COLORS, config.side, config.side)))
 
     def _step(self, channels: int, larger: int) -> list[nn.Module]:
-        width, features = self.config.width, self.config.features
-        coupling = CouplingNetwork((channels + 1) // 2, 2 * (channels // 2), width, features, larger)
+        hidden, features = self.config.hidden, self.config.features
+        coupling = CouplingNetwork((channels + 1) // 2, 2 * (channels // 2), hidden, features, larger)
         return [
             ActNorm(channels),
             InvertibleConv1x1(channels),
-            AffineInjector(InjectorNetwork(features, 2 * channels, width, larger), epsilon=EPSILON),
+            AffineInjector(InjectorNetwork(features, 2 * channels, hidden, larger), epsilon=EPSILON),
             AffineCoupling(coupling, epsilon=EPSILON),
         ]
 
+    @property
+    def transform(self) -> Any:
+        """Residuals to latents (B, 3 side^2)."""
+        return self.flow.transform
+
     def context(self, low: Tensor) -> Tensor:
         """Levels of low-resolution patches to features."""
-        return self.encoder((low.to(torch.get_default_dtype()) + 0.5) / LEVELS - 0.5)
+        return self.encoder((low.to(dtype_of(self)) + 0.5) / LEVELS - 0.5)
 
     def log_prob(self, x: Tensor, low: Tensor) -> Tensor:
         """Nats (B,) of patches, given low-resolution ones."""
-        return self.flow.log_prob(x - bicubic(low), self.context(low))
+        return self.flow.log_prob(x - bicubic(low, x.dtype), self.context(low))
 
     def sample(self, low: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         """One patch (B, 3, side, side) for each low-resolution one, not cut to [-1/2, 1/2]."""
         dimensions = COLORS * self.config.side**2
-        noise = torch.randn(len(low), dimensions, generator=generator, dtype=torch.get_default_dtype())
-        residual, _ = self.flow.transform.inverse(temperature * noise, self.context(low))
-        return bicubic(low) + residual
+        noise = torch.randn(len(low), dimensions, generator=generator, dtype=dtype_of(self))
+        residual, _ = self.transform.inverse(temperature * noise, self.context(low))
+        return bicubic(low, residual.dtype) + residual
 
 
 def load(batch: int, seed: int, side: int) -> FlowData:
@@ -323,7 +328,7 @@ def fit(
         FileNotFoundError: a wheel with photographs is not installed; the message says so.
     """
     check(minutes, steps, batch, temperature, samples)
-    config = configure(Config, sizes, side=8, levels=1, steps_a_level=1, width=1, features=1, blocks=0)
+    config = configure(Config, sizes, side=8, levels=1, depth=1, hidden=1, features=1, blocks=0)
     if config.levels > 2:
         raise ValueError(f"levels: expected 1 or 2, at the resolutions above that of the features, got {config.levels}")
     if config.side % FACTOR != 0:
@@ -355,11 +360,7 @@ def fit(
 
 def load_model(folder: pathlib.Path) -> SRFlow:
     """The model that :func:`fit` wrote to this folder."""
-    found = saved(folder)
-    names = {field.name for field in dataclasses.fields(Config)}
-    model = SRFlow(Config(**{name: value for name, value in found["settings"].items() if name in names}))
-    model.load_state_dict(found["model"])
-    return model.eval()
+    return saved(folder, Config, SRFlow)
 
 
 def main() -> None:

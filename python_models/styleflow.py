@@ -9,12 +9,14 @@ learns the distribution of codes p(w | a), and with it takes from a code what th
 
 z is the same, so that all that is not in a stays; the attributes that changed from a to a' become others. The paper's
 generator is StyleGAN2, its attributes are pose, light, expression, age, and its flow is continuous (an ordinary
-differential equation). Here the generator is the decoder of an autoencoder of digits, which is trained first; attributes
-are measured on the picture itself (slant, stroke thickness, breadth), or known (which digit it is, a discrete one); and
-the flow has splines as couplings (Durkan et al. 2019), and in each layer an affine injector, which depends on the
-attributes alone. Because attributes can be measured on what comes out, the program says how far an edit went of the way
-that was asked for, what it changed besides, and how that compares with the straight line of a linear regression of
-codes on attributes. Beside it learns the same flow that is told no attributes, for the likelihood alone.
+differential equation). Here the generator is the decoder of an autoencoder of digits, which is trained first.
+Attributes are measured on the picture itself (slant, stroke thickness, breadth), or known (which digit it is, a
+discrete one). The flow has splines as couplings (Durkan et al. 2019), and in each layer an affine injector, which
+depends on the attributes alone.
+
+Because attributes can be measured on what comes out, the program says how far an edit went of the way that was asked
+for, what it changed besides, and how that compares with the straight line of a linear regression of codes on
+attributes. Beside it learns the same flow that is told no attributes, for the likelihood alone.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from mpkernels.flows.nn import ActNorm, AffineInjector, Flow, Permutation, Seque
 from python_models.conditional_training import Beside, check, configure, run
 from python_models.digits import Digits, load_digits, load_labels, save_grid
 from python_models.flow_networks import Mlp
-from python_models.flow_training import CURVE, MODEL, REPORT, saved
+from python_models.flow_training import CURVE, MODEL, REPORT
 from python_models.likelihood_training import Training, draw_curve
 from python_models.transformer_training import Curve, Progress, train
 
@@ -153,13 +155,18 @@ class StyleFlow(nn.Module):
             layers.append(AffineInjector(Mlp(attributes, 2 * size, config.hidden, 1), scale="softclamp"))
         self.flow = Flow(Sequential(*layers))
 
+    @property
+    def transform(self) -> Any:
+        """Codes to latents (B, code)."""
+        return self.flow.transform
+
     def log_prob(self, code: Tensor, context: Tensor | None = None) -> Tensor:
         """Nats (B,)."""
         return self.flow.log_prob(code, context)
 
     def edit(self, code: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Codes with attributes ``before``, as they are with attributes ``after``."""
-        return self.flow.transform.inverse(self.flow.transform(code, before)[0], after)[0]
+        return self.transform.inverse(self.transform(code, before)[0], after)[0]
 
 
 class Regression:
@@ -251,7 +258,8 @@ def judge_edits(
         ``<attribute>_moved``: change of the measured attribute over the change that was asked for (a standard deviation
         up, and one down), the mean: 1 is what is wanted. ``others_changed``: mean change in standard deviations of the
         measured attributes that should have stayed. ``class_kept``: share of these pictures that still show the same
-        digit. ``class_reached``: share that shows another digit after that is asked for, and ``others_changed_by_class``.
+        digit. ``class_reached``: share that shows another digit where that is asked for, whose measured attributes
+        should all stay: ``others_changed_by_class``.
     """
     code, attributes = world.describe(pictures, label)
     start, before = world.measured(code), attributes.context()
@@ -312,7 +320,7 @@ def samples_of_classes(model: StyleFlow, world: World, count: int, temperature: 
     numbers = torch.zeros(len(label), len(MEASURED))
     numbers[:, 0] = torch.linspace(-2, 2, count).repeat(CLASSES)
     noise = torch.randn(CLASSES * count, model.code, generator=torch.Generator().manual_seed(seed))
-    code, _ = model.flow.transform.inverse(temperature * noise, Attributes(numbers, label).context())
+    code, _ = model.transform.inverse(temperature * noise, Attributes(numbers, label).context())
     return world.autoencoder.decode(code)[:, None]
 
 
@@ -343,7 +351,8 @@ def fit(
         temperature: standard deviation of their latents.
         backend: of the flow's ops; None chooses.
         seed: of first weights, batches and pictures.
-        output: a folder for model.pt, edits.png, classes.png, samples.png, curve.png and report.json; None writes nothing.
+        output: a folder for model.pt, edits.png, classes.png, samples.png, curve.png and report.json; None writes
+            nothing.
         progress: called after each step; see :func:`python_models.transformer_training.train`.
         digits, labels: to train on instead.
         sizes: of the model, as in :class:`Config`.
@@ -442,8 +451,8 @@ def _train_autoencoder(
     curve = train(training, lambda: training.validate(cross_entropy), steps, minutes, progress)
     training.finish()
     with torch.no_grad():  # statistics of codes by the weights that were kept, not by those of the last steps
-        norm = autoencoder.encoder[-1]
-        codes = autoencoder.encoder[:-1](torch.cat([next(batches)[0] for _ in range(20)]).flatten(1))
+        norm: Any = autoencoder.encoder[-1]
+        codes: Tensor = autoencoder.encoder[:-1](torch.cat([next(batches)[0] for _ in range(20)]).flatten(1))
         norm.running_mean.copy_(codes.mean(dim=0))
         norm.running_var.copy_(codes.var(dim=0))
     return world, curve
@@ -510,7 +519,10 @@ def _write(output: pathlib.Path, model: Beside, world: World, result: dict, curv
 
 def load_model(folder: pathlib.Path) -> tuple[StyleFlow, Autoencoder, Standard]:
     """The flow that :func:`fit` wrote to this folder, its autoencoder, and the units of attributes."""
-    found = saved(folder)
+    path = pathlib.Path(folder) / MODEL
+    if not path.is_file():
+        raise FileNotFoundError(f"output: expected a folder with a {MODEL}, got {str(folder)!r}; train first")
+    found = torch.load(path, weights_only=True, map_location="cpu")
     names = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{name: value for name, value in found["settings"].items() if name in names})
     flow = StyleFlow(config, len(MEASURED) + CLASSES)

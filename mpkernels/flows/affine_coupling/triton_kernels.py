@@ -139,10 +139,13 @@ def _place(size, pieces, LARGE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _position(j, height, width):
-    """(channel, row, column) of the elements."""
-    row = j // width
-    return row // height, row % height, j % width
+def _position(j, height, width, NESTED: tl.constexpr, PATTERN: tl.constexpr):
+    """(channel, row, column) of the elements, where anything reads them."""
+    if NESTED and PATTERN != _CHECKERBOARD and PATTERN != _ALTERNATING:
+        return j, j, j
+    else:
+        row = j // width
+        return row // height, row % height, j % width
 
 
 @triton.jit
@@ -187,7 +190,7 @@ def coupling_forward(x, raw, shift, mask, y, parts, x_b, x_c, x_h, x_w, raw_b, r
     """BLOCK elements of y (B, size), and their part of log_abs_det (B, pieces). INNER: the shift is added first."""
     b, piece, j = _place(size, pieces, LARGE, BLOCK)
     inside = j < size
-    c, h, w = _position(j, height, width)
+    c, h, w = _position(j, height, width, NESTED, PATTERN)
     transformed = _transformed(
         mask, b, j, c, h, w, inside, first, last, mask_b, mask_c, mask_h, mask_w, PATTERN, PARITY, NESTED
     )
@@ -235,7 +238,7 @@ def coupling_backward(grad, grad_log, x, raw, shift, mask, of_x, of_raw, of_shif
     """BLOCK elements of the gradients: of_x (B, size); of_raw and of_shift with (H, W) side by side."""
     b, _, j = _place(size, pieces, LARGE, BLOCK)
     inside = j < size
-    c, h, w = _position(j, height, width)
+    c, h, w = _position(j, height, width, NESTED, PATTERN)
     transformed = _transformed(
         mask, b, j, c, h, w, inside, first, last, mask_b, mask_c, mask_h, mask_w, PATTERN, PARITY, NESTED
     )
@@ -252,7 +255,7 @@ def coupling_backward(grad, grad_log, x, raw, shift, mask, of_x, of_raw, of_shif
     if NEEDS_X:
         tl.store(of_x + b * size + j, tl.where(transformed, of_value.to(kept.dtype), kept), mask=inside)
     owned = inside & (j >= first) & (j < last) if PATTERN == _CHANNEL else inside  # elements that have parameters
-    plane = h * width + w
+    plane = j if NESTED else h * width + w
     if NEEDS_RAW:
         at = j if NESTED else _offset(c, h, w, x_c, x_h, x_w)
         value = tl.load(x + b * x_b + at, mask=inside, other=0.0).to(TYPE)

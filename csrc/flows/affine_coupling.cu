@@ -67,16 +67,20 @@ Part part_of(const Call& call, const Tensor& both, bool shift) {
 template <typename S>
 View<S> view_of(const Call& call, const Tensor& x, bool parameter, Part part = {0, 1}) {
   using Element = std::remove_const_t<S>;
-  View<S> view{static_cast<Element*>(x.data_ptr()), x.stride(0), x.stride(1) * part.step, x.stride(2), x.stride(3),
-               false, false};
+  View<S> view{static_cast<Element*>(x.data_ptr()),
+               x.stride(0),
+               x.stride(1) * part.step,
+               x.stride(2),
+               x.stride(3),
+               false,
+               false};
   if (part.start != 0) view.data += part.start * x.stride(1);
   const int64_t channels = parameter ? call.last_channel - call.first_channel : call.channels;
   const bool in_plane = (call.width == 1 || view.column == 1) && (call.height == 1 || view.row == call.width);
   view.nested = in_plane && (channels <= 1 || view.channel == call.plane());
   if constexpr (!std::is_same_v<Element, bool>) {
     constexpr int64_t E = pack_size<Element>;
-    const bool aligned =
-        reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && (call.batch == 1 || view.batch % E == 0);
+    const bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && (call.batch == 1 || view.batch % E == 0);
     const bool whole = call.plane() % E == 0;
     if (view.nested) {
       // (with CHANNEL a pack is of one kind, and starts with a pack of parameters)
@@ -111,11 +115,14 @@ Problem<S> problem_of(const Call& call, const Tensor& x, const OptionalTensor& r
   in.x = view_of<const S>(call, x, false);
   if (call.scale != scale_additive) {
     in.raw = parameter_of<const S>(call, raw, shift, false);
-    }
+  }
   in.shift = parameter_of<const S>(call, raw, shift, true);
   if (call.pattern == pattern_tensor) {
     in.mask = view_of<const bool>(call, *mask, false);
-    }
+  }
+  const bool nested = in.x.nested && (in.raw.data == nullptr || in.raw.nested) && in.shift.nested &&
+                      (in.mask.data == nullptr || in.mask.nested);
+  in.positions = !nested || call.pattern == pattern_checkerboard || call.pattern == pattern_alternating;
   return in;
 }
 
@@ -204,15 +211,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& 
   if (x.numel() > 0 && (needs_x || needs_raw || needs_shift)) {
     dispatch(x, [&](auto element) {
       using S = decltype(element);
-      const Problem<S> in = problem_of<S>(call, x, raw, shift, mask);
+      Problem<S> in = problem_of<S>(call, x, raw, shift, mask);
       Gradients<S> to{};
       to.of_y = view_of<const S>(call, grad_y, false);
       to.of_log_abs_det = pointer<ComputeOf<S>>(grad_log_abs_det);
       to.log_stride = grad_log_abs_det.stride(0);
-          if (needs_x) to.of_x = view_of<S>(call, of_x, false);
+      if (needs_x) to.of_x = view_of<S>(call, of_x, false);
       if (needs_raw) to.of_raw = parameter_of<S>(call, of_raw, of_shift, false);
       if (needs_shift) to.of_shift = parameter_of<S>(call, of_raw, of_shift, true);
-          const bool wide = all_wide(in) && to.of_y.wide && (!needs_x || to.of_x.wide) && (!needs_raw || to.of_raw.wide) &&
+      const bool nested = to.of_y.nested && (!needs_raw || to.of_raw.nested) && (!needs_shift || to.of_shift.nested);
+      in.positions = in.positions || !nested;
+      const bool wide = all_wide(in) && to.of_y.wide && (!needs_x || to.of_x.wide) && (!needs_raw || to.of_raw.wide) &&
                         (!needs_shift || to.of_shift.wide);
       dispatch_wide(wide, [&](auto wide_views) {
         MPKERNELS_LAUNCH((backward_kernel<S, decltype(wide_views)::value>), blocks_for(call.batch * in.pieces),

@@ -3,17 +3,17 @@
 //
 //     y = kept ? x : x e^l + t            log_abs_det[b] = sum of l over the transformed elements
 //
-// A warp takes a piece of one sample: 32 x packs_a_lane packs, a pack being elements that fill 16 bytes, in the order of
-// (C, H, W). Lane and turn of an element depend on nothing but its index, so that sums have the same bits whatever the
-// strides. A tensor whose packs lie side by side and aligned is read and written by packs (View::wide), any other by
-// elements; where all are wide (AllWide), by a kernel that knows it. An element is at its index where (C, H, W) lie side
-// by side (View::nested); else channel, row and column are divided out of the index of a pack's first element, as they
-// are for a checkerboard: once a pack.
-// Parameters of kept elements are read with their pack at most, and selected away. The log-determinant of a piece is
-// summed by shuffles and written down; a second kernel adds the pieces of a sample, both in a fixed order, in double.
+// A warp takes a piece of one sample: 32 x packs_a_lane packs, a pack being elements that fill 16 bytes, in the order
+// of (C, H, W). Lane and turn of an element depend on nothing but its index, so that sums have the same bits whatever
+// the strides. Where the packs of all tensors lie side by side and aligned (View::wide), a kernel reads and writes
+// packs (AllWide); else one takes their elements one after another. An element is at its index where (C, H, W) lie side
+// by side (View::nested); else channel, row and column are divided out of it, once a pack, as they are for a
+// checkerboard. Parameters of kept elements are read with their pack at most, and selected away. The log-determinant of
+// a piece is summed by shuffles and written down; a second kernel adds the pieces of a sample, both in a fixed order,
+// in double.
 //
-// Bytes: forward reads x, raw and shift once and writes y; backward reads x, raw and the gradient of y (and shift, where
-// it is added first), and writes three gradients. With CHANNEL the kept half has no parameters.
+// Bytes: forward reads x, raw and shift once and writes y; backward reads x, raw and the gradient of y (and shift,
+// where it is added first), and writes three gradients. With CHANNEL the kept half has no parameters.
 #pragma once
 
 #include "common/launch.h"
@@ -30,8 +30,6 @@ constexpr int warps_per_block = 8;
 constexpr int threads_per_block = warps_per_block * warp_lanes;
 constexpr int blocks_resident = 2;  // at least: 128 registers a thread (ptxas aims at fewer, and spills, unasked)
 constexpr int packs_a_lane = 4;
-template <bool AllWide>
-constexpr int packs_at_once = AllWide ? 2 : 1;  // loads of these are in flight together
 
 template <typename S>
 struct ComputeType {
@@ -104,88 +102,53 @@ struct Problem {
   ComputeOf<S> clamp, epsilon;
   int scale, pattern, parity;
   bool shift_before, inverse;
+  bool positions;  // whether anything depends on Position
 
   __device__ __forceinline__ Position position(int64_t j) const {
-    Position p;
-    p.c = divide(divide(j, width, p.w), height, p.h);
+    Position p{0, 0, 0};
+    if (positions) p.c = divide(divide(j, width, p.w), height, p.h);
     return p;
   }
+  __device__ __forceinline__ void advance(Position& p) const {
+    if (positions) p.advance(height, width);
+  }
+  __device__ __forceinline__ bool has_parameters(int64_t j) const { return j >= first && j < last; }
 
-  // Which elements of the pack from j on exist, a bit each.
-  __device__ __forceinline__ unsigned inside(int64_t j) const {
-    const int64_t left = size - j;
-    return left >= E ? (1u << E) - 1 : left > 0 ? (1u << left) - 1 : 0;
+  // Whether element j of sample b, at position p, is transformed.
+  __device__ __forceinline__ bool transforms(int64_t b, int64_t j, const Position& p) const {
+    switch (pattern) {
+      case pattern_none:
+        return true;
+      case pattern_channel:
+        return has_parameters(j);
+      case pattern_checkerboard:
+        return ((p.h + p.w) & 1) == parity;
+      case pattern_alternating:
+        return (p.c & 1) == parity;
+      default:
+        return !mask.data[b * mask.batch + (mask.nested ? j : mask.offset(p))];
+    }
   }
 
-  // Which of those are transformed.
-  __device__ __forceinline__ unsigned transformed(int64_t b, int64_t j, unsigned inside) const {
-    if (pattern == pattern_none) return inside;
-    unsigned bits = 0;
-    if (pattern == pattern_channel) {
-#pragma unroll
-      for (int e = 0; e < E; ++e) bits |= static_cast<unsigned>(j + e >= first && j + e < last) << e;
-    } else if (pattern == pattern_tensor) {
-      const bool* kept = mask.data + b * mask.batch;
-      Position p{0, 0, 0};
-      if (!mask.nested) p = position(j);
-#pragma unroll
-      for (int e = 0; e < E; ++e) {
-        if (inside >> e & 1) bits |= static_cast<unsigned>(!kept[mask.nested ? j + e : mask.offset(p)]) << e;
-        if (!mask.nested) p.advance(height, width);
-      }
-    } else {
-      const bool rows = pattern == pattern_checkerboard;
-      Position p = position(j);
-#pragma unroll
-      for (int e = 0; e < E; ++e) {
-        bits |= static_cast<unsigned>(((rows ? p.h + p.w : p.c) & 1) == parity) << e;
-        p.advance(height, width);
-      }
-    }
-    return bits & inside;
+  // Where element j is; of a parameter (or its gradient), which may begin with another channel.
+  template <typename Q>
+  __device__ __forceinline__ Q* at(const View<Q>& view, int64_t b, int64_t j, const Position& p) const {
+    return view.data + b * view.batch + (view.nested ? j : view.offset(p));
   }
-
-  // The elements of the pack from j on that bits name; the others are anything, or 0 where not AllWide.
-  template <bool AllWide, bool parameter, typename Q>
-  __device__ __forceinline__ Pack<S> load(const View<Q>& view, int64_t b, int64_t j, unsigned bits) const {
-    const S* from = view.data + b * view.batch;
-    const int64_t begin = parameter ? first : 0;
-    Position p{0, 0, 0};
-    if (!view.nested) {
-      p = position(j);
-      if (parameter) p.c -= first_channel;
-    }
-    if (AllWide || view.wide) return *reinterpret_cast<const Pack<S>*>(from + (view.nested ? j - begin : view.offset(p)));
-    Pack<S> found;
-#pragma unroll
-    for (int e = 0; e < E; ++e) {
-      found.x[e] = bits >> e & 1 ? from[view.nested ? j - begin + e : view.offset(p)] : static_cast<S>(0.0f);
-      if (!view.nested) p.advance(height, width);
-    }
-    return found;
-  }
-
-  template <bool AllWide, bool parameter>
-  __device__ __forceinline__ void store(const View<S>& view, int64_t b, int64_t j, unsigned bits,
-                                        const Pack<S>& values) const {
-    S* to = view.data + b * view.batch;
-    const int64_t begin = parameter ? first : 0;
-    Position p{0, 0, 0};
-    if (!view.nested) {
-      p = position(j);
-      if (parameter) p.c -= first_channel;
-    }
-    if (AllWide || view.wide) {
-      *reinterpret_cast<Pack<S>*>(to + (view.nested ? j - begin : view.offset(p))) = values;
-      return;
-    }
-#pragma unroll
-    for (int e = 0; e < E; ++e) {
-      if (bits >> e & 1) to[view.nested ? j - begin + e : view.offset(p)] = values.x[e];
-      if (!view.nested) p.advance(height, width);
-    }
+  template <typename Q>
+  __device__ __forceinline__ Q* at_parameter(const View<Q>& view, int64_t b, int64_t j, const Position& p) const {
+    return at(view, b, j - first, Position{p.c - first_channel, p.h, p.w});
   }
 };
+
+template <typename S>
+__device__ __forceinline__ Pack<S> read_pack(const S* from) {
+  return *reinterpret_cast<const Pack<S>*>(from);
+}
+template <typename S>
+__device__ __forceinline__ void write_pack(S* to, const Pack<S>& values) {
+  *reinterpret_cast<Pack<S>*>(to) = values;
+}
 
 // Calls f with the scale, and whether it is the inverse, as constants.
 template <typename S, typename F>
@@ -220,67 +183,77 @@ __device__ __forceinline__ double sum_of_warp(double x) {
   return x;
 }
 
-// A pack on its way: what has been read for it.
-template <typename S>
-struct Read {
-  int64_t j;
-  unsigned inside, transformed;
-  Pack<S> x, raw, shift, grad;
-};
+// y of the pack from j on; returns its part of the sum of l.
+template <typename S, bool AllWide>
+__device__ __forceinline__ ComputeOf<S> forward_pack(const Problem<S>& in, const View<S>& y, int64_t b, int64_t j) {
+  using T = ComputeOf<S>;
+  constexpr int E = pack_size<S>;
+  Position p = in.position(j);
+  T sum = 0;
+  if constexpr (AllWide) {
+    const Position start = p;
+    Pack<S> x = read_pack(in.at(in.x, b, j, start));
+    unsigned transformed_bits = 0;
+#pragma unroll
+    for (int e = 0; e < E; ++e) {
+      transformed_bits |= static_cast<unsigned>(in.transforms(b, j + e, p)) << e;
+      in.advance(p);
+    }
+    if (transformed_bits != 0) {
+      const Pack<S> shift = read_pack(in.at_parameter(in.shift, b, j, start));
+      const Pack<S> raw = in.raw.data == nullptr ? shift : read_pack(in.at_parameter(in.raw, b, j, start));
+      with_scale(in, [&](auto scale, auto inverse) {
+#pragma unroll
+        for (int e = 0; e < E; ++e) {
+          const Scaled<T> s = scaled<decltype(scale)::value, decltype(inverse)::value, true, false>(
+              static_cast<T>(raw.x[e]), in.clamp, in.epsilon);
+          const S moved = static_cast<S>(transformed<decltype(inverse)::value>(
+              static_cast<T>(x.x[e]), static_cast<T>(shift.x[e]), s.factor, in.shift_before));
+          const bool moves = transformed_bits >> e & 1;
+          x.x[e] = moves ? moved : x.x[e];
+          sum += moves ? s.log_scale : T(0);
+        }
+      });
+    }
+    write_pack(in.at(y, b, j, start), x);
+  } else {
+#pragma unroll 1
+    for (int64_t end = j + E < in.size ? j + E : in.size; j < end; ++j, in.advance(p)) {
+      S x = *in.at(in.x, b, j, p);
+      if (in.transforms(b, j, p)) {
+        const T shift = static_cast<T>(*in.at_parameter(in.shift, b, j, p));
+        const T raw = in.raw.data == nullptr ? T(0) : static_cast<T>(*in.at_parameter(in.raw, b, j, p));
+        with_scale(in, [&](auto scale, auto inverse) {
+          const Scaled<T> s =
+              scaled<decltype(scale)::value, decltype(inverse)::value, true, false>(raw, in.clamp, in.epsilon);
+          x = static_cast<S>(
+              transformed<decltype(inverse)::value>(static_cast<T>(x), shift, s.factor, in.shift_before));
+          sum += s.log_scale;
+        });
+      }
+      *in.at(y, b, j, p) = x;
+    }
+  }
+  return sum;
+}
 
 // The part of log_abs_det of each piece goes to parts (B, pieces), or is log_abs_det itself where there is one piece.
 template <typename S, bool AllWide>
 __global__ void __launch_bounds__(threads_per_block, blocks_resident)
     forward_kernel(Problem<S> in,
-                   View<S> y,        // (B, C, H, W)
-                   double* parts,    // (B, pieces), or null
+                   View<S> y,                    // (B, C, H, W)
+                   double* parts,                // (B, pieces), or null
                    ComputeOf<S>* log_abs_det) {  // (B,), or null
-  using T = ComputeOf<S>;
-  constexpr int E = pack_size<S>;
   const int lane = threadIdx.x % warp_lanes;
   const int64_t step = int64_t(gridDim.x) * warps_per_block, tasks = in.batch * in.pieces;
   for (int64_t task = int64_t(blockIdx.x) * warps_per_block + threadIdx.x / warp_lanes; task < tasks; task += step) {
     int64_t piece;
     const int64_t b = divide(task, in.pieces, piece);
     double sum = 0;
-    for (int k = 0; k < packs_a_lane; k += packs_at_once<AllWide>) {
-      Read<S> read[packs_at_once<AllWide>];
-#pragma unroll
-      for (int u = 0; u < packs_at_once<AllWide>; ++u) {
-        Read<S>& r = read[u];
-        r.j = piece * piece_size<S> + ((k + u) * warp_lanes + lane) * E;
-        r.inside = in.inside(r.j);
-        r.transformed = 0;
-        if (r.inside == 0) continue;
-        r.transformed = in.transformed(b, r.j, r.inside);
-        r.x = in.template load<AllWide, false>(in.x, b, r.j, r.inside);
-        if (r.transformed == 0) continue;
-        if (in.raw.data != nullptr) r.raw = in.template load<AllWide, true>(in.raw, b, r.j, r.transformed);
-        r.shift = in.template load<AllWide, true>(in.shift, b, r.j, r.transformed);
-      }
-#pragma unroll
-      for (int u = 0; u < packs_at_once<AllWide>; ++u) {
-        Read<S>& r = read[u];
-        if (r.inside == 0) continue;
-        if (r.transformed != 0) {
-          T of_pack = 0;
-          with_scale(in, [&](auto scale, auto inverse) {
-            constexpr int kind = decltype(scale)::value;
-            constexpr bool back = decltype(inverse)::value;
-#pragma unroll
-            for (int e = 0; e < E; ++e) {
-              if (!(r.transformed >> e & 1)) continue;
-              const T raw = kind == scale_additive ? T(0) : static_cast<T>(r.raw.x[e]);
-              const Scaled<T> s = scaled<kind, back, true, false>(raw, in.clamp, in.epsilon);
-              of_pack += s.log_scale;
-              r.x.x[e] = static_cast<S>(transformed<back>(static_cast<T>(r.x.x[e]), static_cast<T>(r.shift.x[e]),
-                                                          s.factor, in.shift_before));
-            }
-          });
-          sum += of_pack;
-        }
-        in.template store<AllWide, false>(y, b, r.j, r.inside, r.x);
-      }
+#pragma unroll 1
+    for (int k = 0; k < packs_a_lane; ++k) {
+      const int64_t j = piece * piece_size<S> + (k * warp_lanes + lane) * pack_size<S>;
+      if (j < in.size) sum += forward_pack<S, AllWide>(in, y, b, j);
     }
     if (parts == nullptr && log_abs_det == nullptr) continue;
     sum = sum_of_warp(in.inverse ? -sum : sum);
@@ -288,17 +261,16 @@ __global__ void __launch_bounds__(threads_per_block, blocks_resident)
     if (parts != nullptr) {
       parts[task] = sum;
     } else {
-      log_abs_det[b] = static_cast<T>(sum);
+      log_abs_det[b] = static_cast<ComputeOf<S>>(sum);
     }
   }
 }
 
 // A warp a sample.
 template <typename T>
-__global__ void __launch_bounds__(threads_per_block)
-    sum_kernel(const double* parts,  // (B, pieces)
-               int64_t batch, int64_t pieces,
-               T* log_abs_det) {  // (B,)
+__global__ void __launch_bounds__(threads_per_block) sum_kernel(const double* parts,  // (B, pieces)
+                                                                int64_t batch, int64_t pieces,
+                                                                T* log_abs_det) {  // (B,)
   const int lane = threadIdx.x % warp_lanes;
   const int64_t step = int64_t(gridDim.x) * warps_per_block;
   for (int64_t b = int64_t(blockIdx.x) * warps_per_block + threadIdx.x / warp_lanes; b < batch; b += step) {
@@ -318,66 +290,89 @@ struct Gradients {
   View<S> of_x, of_raw, of_shift;
 };
 
+// The gradients of the pack from j on.
 template <typename S, bool AllWide>
-__global__ void __launch_bounds__(threads_per_block, blocks_resident) backward_kernel(Problem<S> in, Gradients<S> to) {
+__device__ __forceinline__ void backward_pack(const Problem<S>& in, const Gradients<S>& to, int64_t b, int64_t j,
+                                              ComputeOf<S> of_log) {
   using T = ComputeOf<S>;
   constexpr int E = pack_size<S>;
+  const bool wants_raw = to.of_raw.data != nullptr, reads_shift = wants_raw && in.shift_before;
+  const bool wants_shift = to.of_shift.data != nullptr;
+  Position p = in.position(j);
+  if constexpr (AllWide) {
+    const Position start = p;
+    Pack<S> of_x = read_pack(in.at(to.of_y, b, j, start));
+    unsigned transformed_bits = 0;
+#pragma unroll
+    for (int e = 0; e < E; ++e) {
+      transformed_bits |= static_cast<unsigned>(in.transforms(b, j + e, p)) << e;
+      in.advance(p);
+    }
+    Pack<S> of_raw, of_shift;
+#pragma unroll
+    for (int e = 0; e < E; ++e) of_raw.x[e] = of_shift.x[e] = static_cast<S>(0.0f);
+    if (transformed_bits != 0) {
+      const Pack<S> raw = in.raw.data == nullptr ? of_x : read_pack(in.at_parameter(in.raw, b, j, start));
+      const Pack<S> x = wants_raw ? read_pack(in.at(in.x, b, j, start)) : of_x;
+      const Pack<S> shift = reads_shift ? read_pack(in.at_parameter(in.shift, b, j, start)) : of_x;
+      with_scale(in, [&](auto scale, auto inverse) {
+#pragma unroll
+        for (int e = 0; e < E; ++e) {
+          const Scaled<T> s = scaled<decltype(scale)::value, decltype(inverse)::value, false, true>(
+              static_cast<T>(raw.x[e]), in.clamp, in.epsilon);
+          const OfElement<T> of =
+              gradients<decltype(inverse)::value>(static_cast<T>(of_x.x[e]), of_log, static_cast<T>(x.x[e]),
+                                                  static_cast<T>(shift.x[e]), s, in.shift_before);
+          if (!(transformed_bits >> e & 1)) continue;
+          of_x.x[e] = static_cast<S>(of.x);
+          of_raw.x[e] = static_cast<S>(of.raw);
+          of_shift.x[e] = static_cast<S>(of.shift);
+        }
+      });
+    }
+    if (to.of_x.data != nullptr) write_pack(in.at(to.of_x, b, j, start), of_x);
+    if (!in.has_parameters(j)) return;
+    if (wants_raw) write_pack(in.at_parameter(to.of_raw, b, j, start), of_raw);
+    if (wants_shift) write_pack(in.at_parameter(to.of_shift, b, j, start), of_shift);
+  } else {
+#pragma unroll 1
+    for (int64_t end = j + E < in.size ? j + E : in.size; j < end; ++j, in.advance(p)) {
+      const S of_y = *in.at(to.of_y, b, j, p);
+      S of_x = of_y, of_raw = static_cast<S>(0.0f), of_shift = static_cast<S>(0.0f);
+      if (in.transforms(b, j, p)) {
+        const T raw = in.raw.data == nullptr ? T(0) : static_cast<T>(*in.at_parameter(in.raw, b, j, p));
+        const T x = wants_raw ? static_cast<T>(*in.at(in.x, b, j, p)) : T(0);
+        const T shift = reads_shift ? static_cast<T>(*in.at_parameter(in.shift, b, j, p)) : T(0);
+        with_scale(in, [&](auto scale, auto inverse) {
+          const Scaled<T> s =
+              scaled<decltype(scale)::value, decltype(inverse)::value, false, true>(raw, in.clamp, in.epsilon);
+          const OfElement<T> of =
+              gradients<decltype(inverse)::value>(static_cast<T>(of_y), of_log, x, shift, s, in.shift_before);
+          of_x = static_cast<S>(of.x);
+          of_raw = static_cast<S>(of.raw);
+          of_shift = static_cast<S>(of.shift);
+        });
+      }
+      if (to.of_x.data != nullptr) *in.at(to.of_x, b, j, p) = of_x;
+      if (!in.has_parameters(j)) continue;
+      if (wants_raw) *in.at_parameter(to.of_raw, b, j, p) = of_raw;
+      if (wants_shift) *in.at_parameter(to.of_shift, b, j, p) = of_shift;
+    }
+  }
+}
+
+template <typename S, bool AllWide>
+__global__ void __launch_bounds__(threads_per_block, blocks_resident) backward_kernel(Problem<S> in, Gradients<S> to) {
   const int lane = threadIdx.x % warp_lanes;
   const int64_t step = int64_t(gridDim.x) * warps_per_block, tasks = in.batch * in.pieces;
-  const bool wants_raw = to.of_raw.data != nullptr;
   for (int64_t task = int64_t(blockIdx.x) * warps_per_block + threadIdx.x / warp_lanes; task < tasks; task += step) {
     int64_t piece;
     const int64_t b = divide(task, in.pieces, piece);
-    const T of_log = wants_raw ? to.of_log_abs_det[b * to.log_stride] : T(0);
-    for (int k = 0; k < packs_a_lane; k += packs_at_once<AllWide>) {
-      Read<S> read[packs_at_once<AllWide>];
-#pragma unroll
-      for (int u = 0; u < packs_at_once<AllWide>; ++u) {
-        Read<S>& r = read[u];
-        r.j = piece * piece_size<S> + ((k + u) * warp_lanes + lane) * E;
-        r.inside = in.inside(r.j);
-        r.transformed = 0;
-        if (r.inside == 0) continue;
-        r.transformed = in.transformed(b, r.j, r.inside);
-        r.grad = in.template load<AllWide, false>(to.of_y, b, r.j, r.inside);
-        if (r.transformed == 0) continue;
-        if (in.raw.data != nullptr) r.raw = in.template load<AllWide, true>(in.raw, b, r.j, r.transformed);
-        if (!wants_raw) continue;
-        r.x = in.template load<AllWide, false>(in.x, b, r.j, r.transformed);
-        if (in.shift_before) r.shift = in.template load<AllWide, true>(in.shift, b, r.j, r.transformed);
-      }
-#pragma unroll
-      for (int u = 0; u < packs_at_once<AllWide>; ++u) {
-        Read<S>& r = read[u];
-        if (r.inside == 0) continue;
-        Pack<S> of_raw, of_shift;
-#pragma unroll
-        for (int e = 0; e < E; ++e) of_raw.x[e] = of_shift.x[e] = static_cast<S>(0.0f);
-        if (r.transformed != 0) {
-          with_scale(in, [&](auto scale, auto inverse) {
-            constexpr int kind = decltype(scale)::value;
-            constexpr bool back = decltype(inverse)::value;
-#pragma unroll
-            for (int e = 0; e < E; ++e) {
-              if (!(r.transformed >> e & 1)) continue;
-              const T raw = kind == scale_additive ? T(0) : static_cast<T>(r.raw.x[e]);
-              const Scaled<T> s = scaled<kind, back, false, true>(raw, in.clamp, in.epsilon);
-              const T x = wants_raw ? static_cast<T>(r.x.x[e]) : T(0);
-              const T shift = wants_raw && in.shift_before ? static_cast<T>(r.shift.x[e]) : T(0);
-              const OfElement<T> of =
-                  gradients<back>(static_cast<T>(r.grad.x[e]), of_log, x, shift, s, in.shift_before);
-              r.grad.x[e] = static_cast<S>(of.x);
-              of_raw.x[e] = static_cast<S>(of.raw);
-              of_shift.x[e] = static_cast<S>(of.shift);
-            }
-          });
-        }
-        if (to.of_x.data != nullptr) in.template store<AllWide, false>(to.of_x, b, r.j, r.inside, r.grad);
-        const unsigned owned = in.pattern == pattern_channel ? r.transformed : r.inside;  // that have parameters
-        if (owned == 0) continue;
-        if (wants_raw) in.template store<AllWide, true>(to.of_raw, b, r.j, owned, of_raw);
-        if (to.of_shift.data != nullptr) in.template store<AllWide, true>(to.of_shift, b, r.j, owned, of_shift);
-      }
+    const ComputeOf<S> of_log = to.of_log_abs_det[b * to.log_stride];
+#pragma unroll 1
+    for (int k = 0; k < packs_a_lane; ++k) {
+      const int64_t j = piece * piece_size<S> + (k * warp_lanes + lane) * pack_size<S>;
+      if (j < in.size) backward_pack<S, AllWide>(in, to, b, j, of_log);
     }
   }
 }

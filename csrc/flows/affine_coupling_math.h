@@ -1,6 +1,6 @@
-// The formulas of one element of the affine coupling, for a CUDA thread (V = float or double) and for a vector of the CPU
-// kernel alike: the log-scale l, the factor m = e^l (or e^-l for the inverse), and the slope l'(raw). Conventions, limits
-// and what NaN does: mpkernels/flows/affine_coupling/schema.py.
+// The formulas of one element of the affine coupling, for a CUDA thread (V = float or double) and for a vector of the
+// CPU kernel alike: the log-scale l, the factor m = e^l (or e^-l for the inverse), and the slope l'(raw). Conventions,
+// limits and what NaN does: mpkernels/flows/affine_coupling/schema.py.
 //
 //     v = x, or with the shift in front (shift_first != inverse) x +- t        y = v m, or v m +- t
 //     dv = g m,   dl = +-(where limited 0, else g v m, + dL/dlog_abs_det),   draw = dl l'(raw),   dt = +-g or +-dv
@@ -22,7 +22,8 @@ enum Scale : int { scale_exp, scale_sigmoid, scale_tanh, scale_softclamp, scale_
 enum Layout : int { separate, shift_scale, scale_shift, shift_scale_interleaved, scale_shift_interleaved };
 enum Pattern : int { pattern_none, pattern_checkerboard, pattern_channel, pattern_tensor, pattern_alternating };
 
-// The functions of one variable that the formulas need. log1p is of arguments in [0, 1], log of positive normal numbers.
+// The functions of one variable that the formulas need. log1p is of arguments in [0, 1], log of positive normal
+// numbers.
 template <typename V>
 struct Functions {
   static MPKERNELS_HOST_DEVICE inline V exp(V x) { return ::exp(x); }
@@ -121,7 +122,8 @@ struct OfElement {
 
 // Its gradients, of g (of y) and of_log (of log_abs_det).
 template <bool inverse, typename V>
-MPKERNELS_HOST_DEVICE inline OfElement<V> gradients(V g, V of_log, V x, V shift, const Scaled<V>& s, bool shift_before) {
+MPKERNELS_HOST_DEVICE inline OfElement<V> gradients(V g, V of_log, V x, V shift, const Scaled<V>& s,
+                                                    bool shift_before) {
   using A = Arithmetic<V>;
   const V v = shift_before ? x + (inverse ? -shift : shift) : x;
   OfElement<V> out;

@@ -83,6 +83,7 @@ class GlowStep(Transform):
                 x = inputs.detach().requires_grad_()
                 results = self._run(x, network.again, None, inverse)
             of_x, *rest = grad(results, (x, *others), (grad_outputs, grad_log_abs_det))
+            assert of_x is not None
             return of_x, [add(a, b) for a, b in zip(rest, network.of_others, strict=True)]
 
         return Rebuilt(inputs, gradients)

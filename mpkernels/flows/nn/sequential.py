@@ -112,7 +112,8 @@ class Sequential(Transform):
                 plan = self._inverse_plan if inverse else self._forward_plan
                 return recompute.chain(list(_steps(self, inverse)), plan, inputs, context)
         total = no_log_abs_det(inputs)
-        for transform in reversed(self.transforms) if inverse else self.transforms:
+        transforms = list(self.transforms)
+        for transform in reversed(transforms) if inverse else transforms:
             inputs, log_abs_det = run(transform, inputs, context, inverse)
             total = total + log_abs_det
         return inputs, total

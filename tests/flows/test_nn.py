@@ -164,3 +164,172 @@ class TestContract:
             torch.testing.assert_close(inputs, given.detach(), rtol=0, atol=1e-9)
             for got, wanted in zip([of_inputs, *rest], expected, strict=True):
                 torch.testing.assert_close(torch.zeros_like(wanted) if got is None else got, wanted, rtol=0, atol=1e-7)
+
+
+class TestActNorm:
+    def test_the_first_batch_in_training_sets_it(self):
+        x = 3 + 2 * seeded(64, 4, 3, 3)
+        for shift_first in (True, False):
+            layer = nn.ActNorm(4, shift_first=shift_first, log_scale_factor=3.0).eval()
+            torch.testing.assert_close(layer(x)[0], x)  # not in evaluation
+            assert not layer.initialized
+            y, log_abs_det = layer.train()(x)
+            assert layer.initialized
+            torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
+            torch.testing.assert_close(y.std((0, 2, 3), correction=0), torch.ones(4), rtol=0, atol=1e-5)
+            torch.testing.assert_close(log_abs_det, (9 * layer.log_scale.sum()).expand(64))
+            torch.testing.assert_close(layer.inverse(y)[0], x, rtol=0, atol=1e-5)
+            before = layer(x)[0]
+            layer(x * 10)  # nor the second
+            assert torch.equal(layer(x)[0], before)
+            loaded = nn.ActNorm(4, shift_first=shift_first, log_scale_factor=3.0)
+            loaded.load_state_dict(layer.state_dict())
+            loaded(x * 10)
+            assert torch.equal(loaded(x)[0], before)
+            loaded.load_state_dict(nn.ActNorm(4).state_dict())
+            loaded(x)  # one that was not set is set
+            assert loaded.initialized
+
+    @pytest.mark.parametrize("memory", ["store", "recompute"])
+    def test_every_layer_of_a_chain_sees_the_first_batch(self, memory):
+        chain = nn.Sequential(
+            nn.GlowStep(4, Convolution(2, 4)), nn.Squeeze(), nn.Sequential(nn.ActNorm(16)), memory=memory
+        )
+        x = 3 + 2 * seeded(64, 4, 4, 4)
+        y, log_abs_det = chain(x)
+        (y.sum() + log_abs_det.sum()).backward()
+        torch.testing.assert_close(y.std((0, 2, 3), correction=0), torch.ones(16), rtol=0, atol=1e-4)
+        assert chain[0].actnorm.initialized
+
+
+class TestMultiScale:
+    def flow(self, **settings):
+        return nn.MultiScale([[nn.Squeeze(), nn.Reverse()], [nn.Squeeze()], [nn.Squeeze()]], **settings)
+
+    def test_parts(self):
+        x = seeded(2, 3, 8, 8)
+        flow = self.flow()
+        outputs, log_abs_det = flow(x)
+        assert outputs.shape == (2, 192)
+        assert torch.equal(log_abs_det, torch.zeros(2))
+        parts = flow.parts(outputs)
+        assert [tuple(part.shape) for part in parts] == [(2, 6, 4, 4), (2, 12, 2, 2), (2, 48, 1, 1)]
+        assert torch.equal(torch.cat([part.flatten(1) for part in parts], 1), outputs)
+        first = nn.Squeeze()(x)[0].flip(1)
+        assert torch.equal(parts[0], first[:, 6:])
+
+    def test_the_shape_comes_from_an_argument_or_a_state(self):
+        z = seeded(2, 192)
+        with pytest.raises(ValueError, match=r"input_shape: .*forward to run first"):
+            self.flow().inverse(z)
+        flow = self.flow(input_shape=(3, 8, 8))
+        x, _ = flow.inverse(z)
+        torch.testing.assert_close(flow(x)[0], z)
+        loaded = self.flow()
+        loaded.load_state_dict(flow.state_dict())
+        assert torch.equal(loaded.inverse(z)[0], x)
+        with pytest.raises(ValueError, match=r"outputs: expected shape \(B, 192\), got \(2, 191\)"):
+            flow.inverse(z[:, 1:])
+        with pytest.raises(ValueError, match=r"inputs: expected samples of shape \(3, 8, 8\), got \(3, 16, 16\)"):
+            flow(seeded(1, 3, 16, 16))
+
+
+def test_what_is_kept_passes_and_does_not_leak():
+    x = seeded(2, 5)
+    for make in (
+        lambda: nn.AffineCoupling(WithContext(5, 10), mask=MASK),
+        lambda: nn.SplineCoupling(WithContext(5, 5 * 8), bins=3, mask=MASK),
+    ):
+        coupling = make()
+        y, log_abs_det = coupling(x)
+        assert torch.equal(y[:, MASK], x[:, MASK])
+        # what is transformed is not seen: the Jacobian of the kept half, and of the parameters, has zeros there
+        changed = x + 100 * (~MASK).float()
+        assert torch.equal(coupling.parameters_from(x, coupling.seen(x), None),
+                           coupling.parameters_from(x, coupling.seen(changed), None))  # fmt: skip
+        bad = x.clone()
+        bad[0, 1] = torch.nan  # transformed
+        z, found = coupling(bad)
+        assert torch.equal(z[:, MASK], x[:, MASK])
+        assert torch.equal(z[1], y[1])
+        assert torch.equal(found[1], log_abs_det[1])
+
+
+@pytest.mark.parametrize("name", ["actnorm", "matrix", "affine", "affine, checkerboard", "spline", "glow step"])
+def test_context_reaches_the_network(name):
+    module = moved(FEATURES[name]()).eval()
+    x, context = seeded(3, 5), seeded(3, CONTEXT, seed=4).requires_grad_()
+    y, log_abs_det = module(x, context)
+    torch.testing.assert_close(module.inverse(y, context)[0], x, rtol=0, atol=1e-4)
+    if name in ("actnorm", "matrix"):
+        return
+    assert not torch.equal(y, module(x)[0])
+    (y.sum() + log_abs_det.sum()).backward()
+    assert context.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["affine, checkerboard", "glow step"])
+def test_compile(name):
+    module = FEATURES[name]().eval()
+    x = seeded(3, 5)
+    expected = module(x)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_the_injector():
+    x, context = seeded(3, 5), seeded(3, CONTEXT, seed=4)
+    injector = nn.AffineInjector(OfContext(10), scale="exp", layout="scale_shift")
+    y, log_abs_det = injector(x, context)
+    log_scale, shift = injector.network(context).chunk(2, 1)
+    torch.testing.assert_close(y, x * log_scale.exp() + shift)
+    torch.testing.assert_close(log_abs_det, log_scale.sum(1))
+    torch.testing.assert_close(injector.inverse(y, context)[0], x)
+    with pytest.raises(ValueError, match=r"context: expected .*None"):
+        injector(x)
+    chain = nn.Sequential(nn.Reverse(), injector, memory="recompute")
+    grads = []
+    for module in (chain, nn.Sequential(*chain.transforms)):
+        given, of_context = x.clone().requires_grad_(), context.clone().requires_grad_()
+        for _ in range(2):
+            out, found = module(given, of_context)
+            grads.append(
+                torch.autograd.grad(
+                    out.square().sum() + found.sum(), [given, of_context, *chain.parameters()], materialize_grads=True
+                )
+            )
+    for got in grads[:3]:
+        torch.testing.assert_close(got, grads[3], rtol=1e-4, atol=1e-5)
+
+
+BAD = {
+    "network": (lambda: nn.AffineCoupling(3), TypeError, r"network: .*int"),
+    "network of a step": (lambda: nn.GlowStep(4, None), TypeError, r"network: .*NoneType"),
+    "output": (lambda: nn.AffineCoupling(WithContext(3, 5))(seeded(2, 5)), ValueError, r"network: .*\(B, 4, .*\(2, 5"),
+    "mask": (lambda: nn.AffineCoupling(WithContext(3, 4), mask="stripes"), ValueError, r"mask: .*'stripes'"),
+    "mask's type": (lambda: nn.AffineCoupling(WithContext(3, 4), mask=3), TypeError, r"mask: .*int"),
+    "mask's dtype": (lambda: nn.AdditiveCoupling(WithContext(3, 4), mask=torch.ones(5)), TypeError, r"mask: .*float32"),
+    "parity": (lambda: nn.AffineCoupling(WithContext(3, 4), parity=2), ValueError, r"parity: .*2"),
+    "scale": (lambda: nn.AffineCoupling(WithContext(3, 4), scale="log"), ValueError, r"scale: .*'log'"),
+    "layout": (lambda: nn.GlowStep(4, WithContext(2, 4), layout="mixed"), ValueError, r"layout: .*'mixed'"),
+    "epsilon": (lambda: nn.GlowStep(4, WithContext(2, 4), epsilon=-1.0), ValueError, r"epsilon: .*-1"),
+    "bins": (lambda: nn.SplineCoupling(WithContext(3, 4), bins=1), ValueError, r"bins: .*1"),
+    "tail_bound": (lambda: nn.SplineCoupling(WithContext(3, 4), tail_bound=0.0), ValueError, r"tail_bound: .*0"),
+    "channels": (lambda: nn.ActNorm(0), ValueError, r"channels: .*0"),
+    "channels' type": (lambda: nn.InvertibleConv1x1(2.0), TypeError, r"channels: .*float"),
+    "order": (lambda: nn.Permutation([0, 0, 1]), ValueError, r"order: .*\[0, 0, 1\]"),
+    "inputs": (lambda: nn.Permutation(4)(seeded(2, 5)), ValueError, r"inputs: .*\(B, 4, \.\.\.\).*\(2, 5\)"),
+    "features": (lambda: nn.DiagonalScale(4)(seeded(2, 5)), ValueError, r"inputs: .*\(B, 4\).*\(2, 5\)"),
+    "factor": (lambda: nn.Squeeze(0), ValueError, r"factor: .*0"),
+    "transform": (lambda: nn.Inverse(torch.nn.Linear(2, 2)), TypeError, r"transform: .*Linear"),
+    "levels": (lambda: nn.MultiScale([]), ValueError, r"levels: .*empty"),
+    "a level": (lambda: nn.MultiScale([nn.Reverse(), 3]), TypeError, r"levels\[1\]: .*int"),
+    "levels' type": (lambda: nn.MultiScale(nn.Reverse()), TypeError, r"levels: .*Reverse"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name):
+    make, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        make()

@@ -180,7 +180,7 @@ def test_memory_is_at_most_a_quarter():
 
 def test_a_network_runs_twice():
     chain = nn.Sequential(*[nn.GlowStep(4, Network(2, 4)) for _ in range(3)], memory="recompute")
-    networks = [step.coupling.network for step in chain.transforms]
+    networks = [step.network for step in chain.transforms]
     for measured in (True, False, False):
         for network in networks:
             network.runs.clear()

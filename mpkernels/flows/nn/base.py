@@ -69,7 +69,7 @@ class Transform(nn.Module):
         return rebuild_by_inverse(self, outputs, context, inverse)
 
 
-def run(transform: nn.Module, inputs: Tensor, context: Any, inverse: bool) -> tuple[Tensor, Tensor]:
+def run(transform: Any, inputs: Tensor, context: Any, inverse: bool) -> tuple[Tensor, Tensor]:
     """A transform, or its inverse; any module with nflows' contract."""
     return transform.inverse(inputs, context) if inverse else transform(inputs, context)
 
@@ -153,7 +153,7 @@ class Inverse(Transform):
     def __init__(self, transform: nn.Module):
         super().__init__()
         check_module("transform", transform)
-        self.transform = transform
+        self.transform: Any = transform
 
     def forward(self, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """``transform.inverse``."""

@@ -66,6 +66,7 @@ class Coupling(Transform):
                 x = inputs.detach().requires_grad_()
                 results = self.transform(x, parameters, inverse)
             of_x, of_seen, *rest = grad(results, (x, seen, *others), (grad_outputs, grad_log_abs_det))
+            assert of_x is not None
             return self.add_to_kept(of_x, of_seen), rest
 
         return Rebuilt(inputs, gradients)

@@ -216,6 +216,7 @@ class AffineInjector(Transform):
                 x = inputs.detach().requires_grad_()
                 results = affine_coupling(x, parameters, inverse=inverse, **self.settings)
             of_x, *rest = grad(results, (x, *others), (grad_outputs, grad_log_abs_det))
+            assert of_x is not None
             return of_x, rest
 
         return Rebuilt(inputs, gradients)

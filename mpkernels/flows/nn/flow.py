@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from mpkernels.flows.nn.base import Shape, Transform, check_module, wide
+from mpkernels.flows.nn.base import Shape, Transform, check_module, run, wide
 
 BASES = ("standard normal", "logistic")
 
@@ -23,7 +23,7 @@ class Flow(nn.Module):
     Args:
         transform: data to noise, a module with nflows' contract.
         base: "standard normal", "logistic" (both element by element), or a torch.distributions.Distribution over one
-            sample of noise, or over its last dimensions (the others are summed).
+            sample of noise, or over its last dimensions (the others are summed). Its parameters are not the module's.
         shape: the shape of one sample of data. None: that of the first ``log_prob``. It is part of the state_dict.
 
     Example:
@@ -95,8 +95,7 @@ class Flow(nn.Module):
         context = pytree.tree_map(
             lambda x: x.expand(number, *x.shape[1:]) if isinstance(x, Tensor) and x.shape[:1] == (1,) else x, context
         )
-        run = self.transform.inverse
-        return run(noise, context)[0]  # pyright: ignore[reportCallIssue]
+        return run(self.transform, noise, context, True)[0]
 
     def noise(self, number: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws samples of the base distribution: (n, ...)."""

@@ -110,9 +110,11 @@ class Sequential(Transform):
                 inputs = inputs.float()
             if len(self) and not torch._C._are_functorch_transforms_active() and not forward_mode():
                 plan = self._inverse_plan if inverse else self._forward_plan
-                return recompute.chain(list(_steps(self, inverse)), plan, inputs, context)
+                steps = list(_steps(self, inverse))
+                return recompute.chain(steps, plan, inputs, context)  # pyright: ignore[reportCallIssue]
         total = no_log_abs_det(inputs)
-        for transform in reversed(self.transforms) if inverse else self.transforms:
+        transforms: list[nn.Module] = list(self.transforms)
+        for transform in reversed(transforms) if inverse else transforms:
             inputs, log_abs_det = run(transform, inputs, context, inverse)
             total = total + log_abs_det
         return inputs, total

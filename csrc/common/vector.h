@@ -392,6 +392,24 @@ MPKERNELS_INLINE Vector<T> one_plus_exp_minus(Vector<T> x) {
   return 1 + exponential<T>(-x).exp();
 }
 
+// e^x for |x| <= 87 (708 in double), within 2 ulp: where nothing overflows or vanishes, half the operations do. NaN stays
+// NaN.
+template <typename T>
+MPKERNELS_INLINE Vector<T> limited_exponential(Vector<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    const __m512 inside = reinterpret_cast<__m512>(x);
+    const __m512 high = _mm512_set1_ps(1.44269502f), low = _mm512_set1_ps(1.92596303e-8f);
+    const __m512 n =
+        _mm512_maskz_roundscale_ps(0xFFFF, _mm512_mul_ps(inside, high), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = _mm512_fmadd_ps(inside, low, _mm512_fmsub_ps(inside, high, n));
+    const Vector<float> p = power_of_two_near_zero(reinterpret_cast<Vector<float>>(r));
+    return reinterpret_cast<Vector<float>>(_mm512_maskz_scalef_ps(0xFFFF, reinterpret_cast<__m512>(p), n));
+  }
+#endif
+  return exponential<T>(x).exp();
+}
+
 // 1 / (1 + e^-x)
 template <typename T>
 MPKERNELS_INLINE Vector<T> sigmoid(Vector<T> x) {

@@ -23,26 +23,37 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t streamed_bytes = int64_t{4} << 20;  // outputs from here on are written past the caches
 
-// `n` elements side by side, copied to `room` where they are not.
-template <typename S>
-const S* side_by_side(const S* from, int64_t stride, int64_t n, S* room) {
-  if (from == nullptr || stride == 1) return from;
+// `n` elements of S side by side and as T, copied to `room` where they are not.
+template <typename T, typename S>
+const T* side_by_side(const S* from, int64_t stride, int64_t n, T* room) {
+  if constexpr (std::is_same_v<S, T>) {
+    if (stride == 1) return from;
+  } else if (stride == 1) {
+    int64_t i = 0;
+    for (; i + lanes<T> <= n; i += lanes<T>) store<T>(room + i, load<S>(from + i));
+    if (i < n) store_first<T>(room + i, load_first<S>(from + i, n - i), n - i);
+    return room;
+  }
   if (stride == 0) {
-    std::fill_n(room, n, *from);
+    std::fill_n(room, n, static_cast<T>(*from));
   } else if (stride == 2) {  // (a constant stride is vectorised)
-    for (int64_t i = 0; i < n; ++i) room[i] = from[2 * i];
+    for (int64_t i = 0; i < n; ++i) room[i] = static_cast<T>(from[2 * i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) room[i] = from[i * stride];
+    for (int64_t i = 0; i < n; ++i) room[i] = static_cast<T>(from[i * stride]);
   }
   return room;
 }
 
-template <typename S>
-void scatter(const S* from, S* to, int64_t stride, int64_t n) {
-  if (stride == 2) {
-    for (int64_t i = 0; i < n; ++i) to[2 * i] = from[i];
+template <typename T, typename S>
+void scatter(const T* from, S* to, int64_t stride, int64_t n) {
+  if (stride == 1) {
+    int64_t i = 0;
+    for (; i + lanes<T> <= n; i += lanes<T>) store<S>(to + i, load<T>(from + i));
+    if (i < n) store_first<S>(to + i, load_first<T>(from + i, n - i), n - i);
+  } else if (stride == 2) {
+    for (int64_t i = 0; i < n; ++i) to[2 * i] = static_cast<S>(from[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) to[i * stride] = from[i];
+    for (int64_t i = 0; i < n; ++i) to[i * stride] = static_cast<S>(from[i]);
   }
 }
 
@@ -80,6 +91,8 @@ std::pair<Place<S>, Place<S>> parts(const OptionalTensor& both, int64_t layout) 
 // One part of the channels of all samples, and how to walk through it.
 template <typename S>
 struct Part {
+  using T = Compute<S>;
+
   const S* in[operands] = {};  // those up to in_grad; in_mask is of bytes
   const uint8_t* mask = nullptr;
   S* out[operands] = {};  // the others
@@ -95,29 +108,34 @@ struct Part {
     present[operand] = true;
   }
 
-  // A line of an operand from element i on, side by side; `slot` numbers the copies.
-  const S* input(int operand, int64_t a, int64_t b, int64_t c, int64_t i, int64_t n, S* room) const {
+  // Whether lines of an operand are used where they are.
+  bool in_place(int operand) const { return std::is_same_v<S, T> && walk.strides[operand][3] == 1; }
+
+  // A line of an operand from element i on, side by side in the type that is computed in; or null if it is not there.
+  const T* input(int operand, int64_t a, int64_t b, int64_t c, int64_t i, int64_t n, T* room) const {
     if (!present[operand]) return nullptr;
-    return side_by_side(in[operand] + walk.offset(operand, a, b, c, i), walk.strides[operand][3], n,
-                        room + operand * line_elements);
+    return side_by_side<T>(in[operand] + walk.offset(operand, a, b, c, i), walk.strides[operand][3], n,
+                           room + operand * line_elements);
   }
   // Where to write a line of an output: there, or in a copy that `finish` moves there.
-  S* output(int operand, int64_t a, int64_t b, int64_t c, int64_t i, S* room) const {
+  T* output(int operand, int64_t a, int64_t b, int64_t c, int64_t i, T* room) const {
     if (!present[operand]) return nullptr;
-    return walk.strides[operand][3] == 1 ? out[operand] + walk.offset(operand, a, b, c, i)
-                                         : room + operand * line_elements;
+    if constexpr (std::is_same_v<S, T>) {
+      if (in_place(operand)) return out[operand] + walk.offset(operand, a, b, c, i);
+    }
+    return room + operand * line_elements;
   }
-  void finish(int operand, int64_t a, int64_t b, int64_t c, int64_t i, int64_t n, const S* room) const {
-    if (!present[operand] || walk.strides[operand][3] == 1) return;
-    scatter(room + operand * line_elements, out[operand] + walk.offset(operand, a, b, c, i), walk.strides[operand][3],
-            n);
+  void finish(int operand, int64_t a, int64_t b, int64_t c, int64_t i, int64_t n, const T* room) const {
+    if (!present[operand] || in_place(operand)) return;
+    scatter<T>(room + operand * line_elements, out[operand] + walk.offset(operand, a, b, c, i),
+               walk.strides[operand][3], n);
   }
 
   // Calls f(i, n, kept) for the parts of a line that are worked on at a time.
   template <typename F>
   void cut(int64_t a, int64_t b, int64_t c, int64_t begin, int64_t end, bool streamed, uint8_t* room,
            const F& f) const {
-    const S* to = present[out_x] && walk.strides[out_x][3] == 1 ? out[out_x] + walk.offset(out_x, a, b, c, 0) : nullptr;
+    const S* to = present[out_x] && in_place(out_x) ? out[out_x] + walk.offset(out_x, a, b, c, 0) : nullptr;
     for (int64_t i = begin; i < end;) {
       int64_t n = std::min(line_elements, end - i);
       if (streamed && to != nullptr) {  // up to where whole vectors can be written past the caches
@@ -126,7 +144,7 @@ struct Part {
       }
       const uint8_t* bytes = nullptr;
       if (mask != nullptr) {
-        bytes = side_by_side(mask + walk.offset(in_mask, a, b, c, i), walk.strides[in_mask][3], n, room);
+        bytes = side_by_side<uint8_t>(mask + walk.offset(in_mask, a, b, c, i), walk.strides[in_mask][3], n, room);
       } else if (kept != nullptr && walk.along_batch) {
         const int64_t element = (a * walk.sizes[1] + b) * walk.sizes[2] + c;
         std::fill_n(room, n, kept->bytes[static_cast<size_t>(kept->place(element))]);
@@ -207,14 +225,22 @@ struct Problem {
 
 template <typename S>
 void copy(const Part<S>& part, int64_t item, bool streamed) {
-  S* room = scratch<S>(operands * line_elements);
+  S* room = scratch<S>(line_elements);
   part.walk.run(item, [&](int64_t a, int64_t b, int64_t c, int64_t begin, int64_t end) {
     uint8_t unused[line_elements];  // (nothing is kept within the part)
     part.cut(a, b, c, begin, end, streamed, unused, [&](int64_t i, int64_t n, const uint8_t*) {
-      const S* from = part.input(in_x, a, b, c, i, n, room);
+      const int64_t from_stride = part.walk.strides[in_x][3], to_stride = part.walk.strides[out_x][3];
+      const S* from = part.in[in_x] + part.walk.offset(in_x, a, b, c, i);
       S* to = part.out[out_x] + part.walk.offset(out_x, a, b, c, i);
-      const int64_t stride = part.walk.strides[out_x][3];
-      stride == 1 ? copy_run(from, to, n, streamed) : scatter(from, to, stride, n);
+      if (from_stride != 1) {
+        for (int64_t j = 0; j < n; ++j) room[j] = from[j * from_stride];
+        from = room;
+      }
+      if (to_stride == 1) {
+        copy_run(from, to, n, streamed);
+      } else {
+        for (int64_t j = 0; j < n; ++j) to[j * to_stride] = from[j];
+      }
     });
   });
 }
@@ -242,7 +268,7 @@ void forward_part(const Problem& problem, const Part<S>& part, const Part<S>& re
   const Walk& walk = part.walk;
   std::vector<double> sums(static_cast<size_t>(walk.along_batch ? 0 : walk.items()));
   for_items(part, rest, rest_items, settings.streamed, [&](int64_t item) {
-    S* room = scratch<S>((operands + 1) * line_elements);
+    T* room = scratch<T>(operands * line_elements);
     uint8_t bytes[line_elements];
     double total = 0;
     if (walk.along_batch) {
@@ -251,11 +277,11 @@ void forward_part(const Problem& problem, const Part<S>& part, const Part<S>& re
     }
     walk.run(item, [&](int64_t a, int64_t b, int64_t c, int64_t begin, int64_t end) {
       part.cut(a, b, c, begin, end, settings.streamed, bytes, [&](int64_t i, int64_t n, const uint8_t* kept) {
-        const ForwardRun<S> run{
+        const ForwardRun<T> run{
             part.input(in_x, a, b, c, i, n, room),     part.input(in_raw, a, b, c, i, n, room),
             part.input(in_shift, a, b, c, i, n, room), kept,
             part.output(out_x, a, b, c, i, room),      walk.along_batch ? log_abs_det + i : nullptr};
-        total += forward_run<S, scale, inverse>(run, n, settings);
+        total += forward_run<T, scale, inverse>(run, n, settings);
         part.finish(out_x, a, b, c, i, n, room);
       });
     });
@@ -279,12 +305,12 @@ void backward_part(const Problem& problem, const Part<S>& part, const Part<S>& r
                                             static_cast<int64_t>(sizeof(S)));
   const Walk& walk = part.walk;
   for_items(part, rest, rest_items, settings.streamed, [&](int64_t item) {
-    S* room = scratch<S>((operands + 1) * line_elements);
+    T* room = scratch<T>(operands * line_elements);
     uint8_t bytes[line_elements];
     alignas(64) T of_each[line_elements];
     walk.run(item, [&](int64_t a, int64_t b, int64_t c, int64_t begin, int64_t end) {
       part.cut(a, b, c, begin, end, settings.streamed, bytes, [&](int64_t i, int64_t n, const uint8_t* kept) {
-        BackwardRun<S> run{part.input(in_grad, a, b, c, i, n, room),
+        BackwardRun<T> run{part.input(in_grad, a, b, c, i, n, room),
                            part.input(in_x, a, b, c, i, n, room),
                            part.input(in_raw, a, b, c, i, n, room),
                            part.input(in_shift, a, b, c, i, n, room),
@@ -295,11 +321,11 @@ void backward_part(const Problem& problem, const Part<S>& part, const Part<S>& r
                            nullptr,
                            T(0)};
         if (walk.along_batch) {
-          run.of_log_each = side_by_side(of_log + i * of_log_stride, of_log_stride, n, of_each);
+          run.of_log_each = side_by_side<T>(of_log + i * of_log_stride, of_log_stride, n, of_each);
         } else {
           run.of_log = of_log[a * of_log_stride];
         }
-        backward_run<S, scale, inverse>(run, n, settings);
+        backward_run<T, scale, inverse>(run, n, settings);
         for (const int operand : {out_x, out_raw, out_shift}) part.finish(operand, a, b, c, i, n, room);
       });
     });

@@ -15,7 +15,7 @@ namespace affine_coupling {
 template <typename T>
 struct VectorFunctions {
   using V = Vector<T>;
-  static MPKERNELS_INLINE V exp(V x) { return exponential<T>(x).exp(); }
+  static MPKERNELS_INLINE V exp(V x) { return limited_exponential<T>(x); }
   static MPKERNELS_INLINE V log(V x) { return natural_logarithm<T>(x); }
   static MPKERNELS_INLINE V tanh(V x) { return hyperbolic_tangent<T>(x); }
   static MPKERNELS_INLINE V atan(V x) { return arctangent<T>(x); }
@@ -53,12 +53,12 @@ MPKERNELS_INLINE Mask<T> truths(const uint8_t* from, int64_t count) {
   return __builtin_convertvector(bytes, Mask<T>) != Mask<T>{};
 }
 
-template <typename S>
-MPKERNELS_INLINE void write(bool streamed, S* to, Vector<Compute<S>> x, int64_t count) {
+template <typename T>
+MPKERNELS_INLINE void write(bool streamed, T* to, Vector<T> x, int64_t count) {
   if (streamed) {
-    stream_first<S>(to, x, count);
+    stream_first<T>(to, x, count);
   } else {
-    store_first<S>(to, x, count);
+    store_first<T>(to, x, count);
   }
 }
 
@@ -70,28 +70,27 @@ MPKERNELS_INLINE void for_vectors(int64_t n, const Step& step) {
   if (i < n) step(i, n - i);
 }
 
-template <typename S>
+template <typename T>
 struct ForwardRun {
-  const S* x;
-  const S* raw;  // null where the scale has none
-  const S* shift;
+  const T* x;
+  const T* raw;  // null where the scale has none
+  const T* shift;
   const uint8_t* kept;  // or null where no element is kept
-  S* y;
-  Compute<S>* log_each;  // += +-l of each element; or null, to get their sum
+  T* y;
+  T* log_each;  // += +-l of each element; or null, to get their sum
 };
 
 // Writes y, and returns the sum of +-l (- for the inverse).
-template <typename S, int scale, bool inverse>
-double forward_run(const ForwardRun<S>& run, int64_t n, const Settings<Compute<S>>& settings) {
-  using T = Compute<S>;
+template <typename T, int scale, bool inverse>
+double forward_run(const ForwardRun<T>& run, int64_t n, const Settings<T>& settings) {
   using V = Vector<T>;
   constexpr int64_t L = lanes<T>;
   const T clamp = settings.clamp, epsilon = settings.epsilon;
   const bool shift_before = settings.shift_before, streamed = settings.streamed;
   V total{};
   for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-    const V x = load_first<S>(run.x + i, count), shift = load_first<S>(run.shift + i, count);
-    const V raw = scale == scale_additive ? V{} : load_first<S>(run.raw + i, count);
+    const V x = load_first<T>(run.x + i, count), shift = load_first<T>(run.shift + i, count);
+    const V raw = scale == scale_additive ? V{} : load_first<T>(run.raw + i, count);
     const auto s = scaled<scale, inverse, true, false, V>(raw, clamp, epsilon);
     V y = transformed<inverse, V>(x, shift, s.factor, shift_before);
     V l = inverse ? -s.log_scale : s.log_scale;
@@ -100,7 +99,7 @@ double forward_run(const ForwardRun<S>& run, int64_t n, const Settings<Compute<S
       y = select<T>(kept, x, y);
       l = select<T>(kept, V{}, l);
     }
-    write<S>(streamed, run.y + i, y, count);
+    write<T>(streamed, run.y + i, y, count);
     if constexpr (scale != scale_additive) {
       if (run.log_each != nullptr) {
         store_first<T>(run.log_each + i, load_first<T>(run.log_each + i, count) + l, count);
@@ -112,31 +111,30 @@ double forward_run(const ForwardRun<S>& run, int64_t n, const Settings<Compute<S
   return sum<T>(total);
 }
 
-template <typename S>
+template <typename T>
 struct BackwardRun {
-  const S* grad;
-  const S* x;      // null where the gradient of raw is not wanted
-  const S* raw;    // null where the scale has none
-  const S* shift;  // null where it is not in front, or the gradient of raw is not wanted
+  const T* grad;
+  const T* x;      // null where the gradient of raw is not wanted
+  const T* raw;    // null where the scale has none
+  const T* shift;  // null where it is not in front, or the gradient of raw is not wanted
   const uint8_t* kept;
-  S* of_x;  // null where they are not wanted
-  S* of_raw;
-  S* of_shift;
-  const Compute<S>* of_log_each;  // gradient of log_abs_det of each element; or null, and one for all
-  Compute<S> of_log;
+  T* of_x;  // null where they are not wanted
+  T* of_raw;
+  T* of_shift;
+  const T* of_log_each;  // gradient of log_abs_det of each element; or null, and one for all
+  T of_log;
 };
 
-template <typename S, int scale, bool inverse>
-void backward_run(const BackwardRun<S>& run, int64_t n, const Settings<Compute<S>>& settings) {
-  using T = Compute<S>;
+template <typename T, int scale, bool inverse>
+void backward_run(const BackwardRun<T>& run, int64_t n, const Settings<T>& settings) {
   using V = Vector<T>;
   const T clamp = settings.clamp, epsilon = settings.epsilon;
   const bool shift_before = settings.shift_before, streamed = settings.streamed;
   for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-    const V g = load_first<S>(run.grad + i, count);
-    const V x = run.x != nullptr ? load_first<S>(run.x + i, count) : V{};
-    const V shift = run.shift != nullptr ? load_first<S>(run.shift + i, count) : V{};
-    const V raw = scale == scale_additive ? V{} : load_first<S>(run.raw + i, count);
+    const V g = load_first<T>(run.grad + i, count);
+    const V x = run.x != nullptr ? load_first<T>(run.x + i, count) : V{};
+    const V shift = run.shift != nullptr ? load_first<T>(run.shift + i, count) : V{};
+    const V raw = scale == scale_additive ? V{} : load_first<T>(run.raw + i, count);
     const V of_log = run.of_log_each != nullptr ? load_first<T>(run.of_log_each + i, count) : V{} + run.of_log;
     const auto s = scaled<scale, inverse, false, true, V>(raw, clamp, epsilon);
     auto found = gradients<inverse, V>(g, of_log, x, shift, s, shift_before);
@@ -144,9 +142,9 @@ void backward_run(const BackwardRun<S>& run, int64_t n, const Settings<Compute<S
       const Mask<T> kept = truths<T>(run.kept + i, count);
       found = {select<T>(kept, g, found.x), select<T>(kept, V{}, found.raw), select<T>(kept, V{}, found.shift)};
     }
-    if (run.of_x != nullptr) write<S>(streamed, run.of_x + i, found.x, count);
-    if (run.of_raw != nullptr) write<S>(streamed, run.of_raw + i, found.raw, count);
-    if (run.of_shift != nullptr) write<S>(streamed, run.of_shift + i, found.shift, count);
+    if (run.of_x != nullptr) write<T>(streamed, run.of_x + i, found.x, count);
+    if (run.of_raw != nullptr) write<T>(streamed, run.of_raw + i, found.raw, count);
+    if (run.of_shift != nullptr) write<T>(streamed, run.of_shift + i, found.shift, count);
   });
 }
 

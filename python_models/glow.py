@@ -99,7 +99,7 @@ def fit(
     depth: int = 8,
     hidden: int = 64,
     memory: str = "store",
-    batch: int = 32,
+    batch: int = 16,
     learning_rate: float = 2e-3,
     temperature: float = 0.7,
     backend: str | None = None,
@@ -183,7 +183,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depth", type=int, help="K of the paper: steps of flow in a level (8)")
     parser.add_argument("--hidden", type=int, help="channels of a coupling's network (64)")
     parser.add_argument("--memory", choices=MEMORY, help="of activations: keep them, or rebuild them (store)")
-    parser.add_argument("--batch", type=int, help="pictures in a step (32)")
+    parser.add_argument("--batch", type=int, help="pictures in a step (16)")
     parser.add_argument("--learning-rate", type=float, help="of AdamW (0.002)")
     parser.add_argument("--temperature", type=float, help="of samples (0.7)")
     parser.add_argument("--samples", type=int, help="pictures to draw (40)")

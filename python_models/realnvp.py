@@ -100,7 +100,7 @@ class Config:
     colors: int = 3
     side: int = SIDE
     levels: int = 3
-    hidden: int = 32  # channels of a coupling's network in the first level, twice as many in the next
+    hidden: int = 32  # channels of a coupling's network
     blocks: int = 1  # residual blocks of a coupling's network
     memory: str = "store"  # or "recompute": activations are not kept, but rebuilt from the outputs
 
@@ -127,15 +127,15 @@ def make_levels(config: Config) -> list[nn.Module]:
             chain += [flows.ActNorm(channels), coupling]
         if not last:
             chain.append(flows.Squeeze(2))
-            channels, hidden = 4 * channels, 2 * hidden
+            channels = 4 * channels
             halves = (channels + 1) // 2, channels // 2
             for i in range(3):
                 kept, moved = halves[:: 1 if i % 2 == 0 else -1]
                 network = Bounded(ResNet(kept, 2 * moved, hidden, config.blocks), moved)
                 coupling = flows.AffineCoupling(network, scale="exp", mask="channel", parity=i % 2)
                 chain += [flows.ActNorm(channels), coupling]
-            channels = halves[0]
-        chain.append(flows.ActNorm(channels if last else sum(halves)))
+        chain.append(flows.ActNorm(channels))
+        channels = (channels + 1) // 2  # those that go on
         levels.append(flows.Sequential(*chain, memory=config.memory))
     return levels
 
@@ -149,7 +149,7 @@ def fit(
     hidden: int = 32,
     blocks: int = 1,
     memory: str = "store",
-    batch: int = 32,
+    batch: int = 16,
     learning_rate: float = 2e-3,
     backend: str | None = None,
     seed: int = 0,
@@ -166,7 +166,7 @@ def fit(
         minutes: of training; 5 if neither this nor ``steps`` is given.
         steps: of training, 0 or more, instead of minutes.
         levels: scales; 3 if not given.
-        hidden: channels of a coupling's network in the first level; twice as many in the next.
+        hidden: channels of a coupling's network.
         blocks: residual blocks of a coupling's network.
         memory: "store", or "recompute": activations are rebuilt from the outputs, not kept.
         batch: pictures in a step.
@@ -225,10 +225,10 @@ def load_model(folder: pathlib.Path) -> RealNvp:
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", choices=DATA, help="to train on (photographs)")
     parser.add_argument("--levels", type=int, help="scales (3)")
-    parser.add_argument("--hidden", type=int, help="channels of a coupling's network in the first level (32)")
+    parser.add_argument("--hidden", type=int, help="channels of a coupling's network (32)")
     parser.add_argument("--blocks", type=int, help="residual blocks of a coupling's network (1)")
     parser.add_argument("--memory", choices=MEMORY, help="of activations: keep them, or rebuild them (store)")
-    parser.add_argument("--batch", type=int, help="pictures in a step (32)")
+    parser.add_argument("--batch", type=int, help="pictures in a step (16)")
     parser.add_argument("--learning-rate", type=float, help="of AdamW (0.002)")
     parser.add_argument("--samples", type=int, help="pictures to draw (40)")
 

@@ -1,7 +1,7 @@
 // One bin of a monotone rational-quadratic spline, for host and device; V is a number, or a vector of numbers.
 //
-// Durkan et al. 2019, "Neural Spline Flows", eqs. 4 to 8 and appendix A.3. With w, h the bin's width and height, d_0 and
-// d_1 the slopes at its ends, a = (x - x_0) / w in [0, 1], b = a (1 - a), s = h / w, t = d_0 + d_1 - 2 s:
+// Durkan et al. 2019, "Neural Spline Flows", eqs. 4 to 8 and appendix A.3. With w, h the bin's width and height, d_0
+// and d_1 the slopes at its ends, a = (x - x_0) / w in [0, 1], b = a (1 - a), s = h / w, t = d_0 + d_1 - 2 s:
 //
 //     q = s + t b,   n = s a^2 + d_0 b,   m = d_1 a^2 + 2 s b + d_0 (1 - a)^2
 //     y = y_0 + h n / q,   f' = s^2 m / q^2
@@ -66,7 +66,8 @@ struct BinGradients {
 // a. The inverse is differentiated implicitly: with r = (g - l d(log f')/dx) / f' the input's gradient is r, and the
 // others are those of the forward for -r and -l.
 template <typename V>
-MPKERNELS_HOST_DEVICE inline BinGradients<V> bin_gradients(const Bin<V>& bin, V a, V of_output, V of_log, bool inverse) {
+MPKERNELS_HOST_DEVICE inline BinGradients<V> bin_gradients(const Bin<V>& bin, V a, V of_output, V of_log,
+                                                           bool inverse) {
   const V over_w = 1 / bin.w, s = bin.h * over_w;
   const V b = a * (1 - a), c = 1 - a, e = 1 - 2 * a;
   const V t = bin.d_0 + bin.d_1 - 2 * s;

@@ -3,6 +3,7 @@
 from mpkernels.flows.actnorm import actnorm, actnorm_statistics
 from mpkernels.flows.affine_coupling import affine_coupling
 from mpkernels.flows.affine_injector import affine_injector
+from mpkernels.flows.glow_step import glow_step
 from mpkernels.flows.invertible_conv1x1 import PLU, invertible_conv1x1, plu_decompose
 from mpkernels.flows.layouts import split_parameters
 from mpkernels.flows.reshaping import split, squeeze, unsqueeze
@@ -15,6 +16,7 @@ __all__ = [
     "actnorm_statistics",
     "affine_coupling",
     "affine_injector",
+    "glow_step",
     "invertible_conv1x1",
     "pack_spline_parameters",
     "plu_decompose",

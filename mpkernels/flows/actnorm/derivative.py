@@ -2,7 +2,8 @@
 
 Every variant is y = (x + before) scale + after, with scale = e^+-log_scale; for it
 
-    dL/dx = g scale,   dL/dbefore = scale sum g,   dL/dafter = sum g,   dL/dlog_scale = +-(scale sum g (x + before) + S h)
+    dL/dx = g scale,   dL/dbefore = scale sum g,   dL/dafter = sum g,
+    dL/dlog_scale = +-(scale sum g (x + before) + S h)
 
 where g is the gradient of y, h the sum of those of log_abs_det, and sums run over samples and positions.
 """
@@ -16,7 +17,13 @@ from mpkernels.flows.actnorm import schema
 
 
 def actnorm_gradient(
-    grad_y: Tensor, grad_log_abs_det: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, shift_first: bool, inverse: bool
+    grad_y: Tensor,
+    grad_log_abs_det: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    log_scale: Tensor,
+    shift_first: bool,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (x, bias, log_scale). Shapes as in schema.py."""
     wide, sign = schema.wide(x), -1 if inverse else 1

@@ -18,4 +18,4 @@ def actnorm(x: Tensor, bias: Tensor, log_scale: Tensor, shift_first: bool, inver
     else:
         y = (value + shift) * scale if shift_first else value * scale + shift
     log_abs_det = log_scale.sum() * (-positions if inverse else positions)
-    return y.to(x.dtype), log_abs_det.expand(batch)
+    return y.to(x.dtype).contiguous(), log_abs_det.expand(batch)

@@ -76,7 +76,7 @@ def invertible_conv1x1(
 
 
 def mix(x: Tensor, matrix: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
-    """matrix x + bias at every position of checked x (B, C, ...); both in the dtype that is computed in."""
+    """The product matrix x + bias at every position of checked x (B, C, ...); both in the dtype that is computed in."""
     chosen = backends.choose(schema.FORWARD, x.device.type, backend)
     shape = x.shape
     return autograd.run(x.reshape(*shape[:2], math.prod(shape[2:])), matrix, bias, backend=chosen).reshape(shape)

@@ -23,7 +23,7 @@ class PLU(NamedTuple):
     permutation: Tensor  # (C,) int64
     lower: Tensor  # (C, C), read below the diagonal; L has ones on it
     upper: Tensor  # (C, C), read above the diagonal
-    sign: Tensor  # (C,), -1 or 1
+    sign: Tensor  # (C,), -1 or 1; a constant
     log_scale: Tensor  # (C,)
 
 
@@ -84,7 +84,7 @@ def _of_parts(parts: PLU, inverse: bool) -> tuple[Tensor, Tensor]:
     log_scale = parts.log_scale.to(torch.float64)
     log_abs_det = log_scale.sum()
     lower = parts.lower.to(torch.float64).tril(-1)
-    upper = parts.upper.to(torch.float64).triu(1) + torch.diag(parts.sign * log_scale.exp())
+    upper = parts.upper.to(torch.float64).triu(1) + torch.diag(parts.sign.detach() * log_scale.exp())
     if not inverse:
         return torch.addmm(upper, lower, upper).index_select(0, parts.permutation), log_abs_det
     _refuse_singular(log_abs_det)

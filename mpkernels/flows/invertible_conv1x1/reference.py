@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """weight x + bias for x (B, C, S), computed in the dtype of weight."""
+    """Gives weight x + bias for x (B, C, S), computed in the dtype of weight."""
     y = torch.matmul(weight, x.to(weight.dtype))
     return (y if bias is None else y + bias[:, None]).to(x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,14 @@ import torch
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
+
+
+class _Rebuilding(threading.local):
+    active = False
+
+
+rebuilding = _Rebuilding()
+"""Whether backward is rebuilding activations: what a module learns from its first batch, it does not learn then."""
 
 
 class Rebuilt(NamedTuple):

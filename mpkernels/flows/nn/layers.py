@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpkernels.flows.actnorm import actnorm, actnorm_statistics
 from mpkernels.flows.invertible_conv1x1 import PLU, invertible_conv1x1, plu_decompose
-from mpkernels.flows.nn.base import Shape, Transform, no_log_abs_det, wide
+from mpkernels.flows.nn.base import Shape, Transform, no_log_abs_det, rebuilding, wide
 from mpkernels.flows.reshaping import squeeze, unsqueeze
 
 
@@ -69,7 +69,7 @@ class ActNorm(Transform):
 
     def see(self, inputs: Tensor) -> None:
         """Sets the parameters from ``inputs``, if this is the first batch in training."""
-        if self._ready or not self.training:
+        if self._ready or not self.training or rebuilding.active:
             return
         if not bool(self.initialized):
             self.initialize(inputs)

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from mpkernels.flows.nn.base import Rebuilt, Transform, add, gradients_at, no_log_abs_det, rebuild_by_inverse, run
+from mpkernels.flows.nn.base import (
+    Rebuilt,
+    Transform,
+    add,
+    gradients_at,
+    no_log_abs_det,
+    rebuild_by_inverse,
+    rebuilding,
+    run,
+)
 
 MEASURED_AGAIN = 100  # passes from one measurement of the drift to the next
 
@@ -158,7 +167,7 @@ class _Recompute(torch.autograd.Function):
 
         for i in reversed(range(len(job.steps))):
             step = job.steps[i]
-            with _conditions(outputs.device, ctx.random_states[i], ctx.autocast):
+            with _without_hooks(job.parameters[i]), _conditions(outputs.device, ctx.random_states[i], ctx.autocast):
                 if i in kept:
                     inputs = kept[i]
                     grad_state, of_others = gradients_at(
@@ -217,9 +226,23 @@ def _set_random_state(device: torch.device, state: Sequence[Tensor]) -> None:
 
 
 @contextmanager
+def _without_hooks(parameters: Sequence[Tensor]):
+    """Parameters' hooks see the gradient that the chain returns, not the parts that it is made of."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    try:
+        for registered, _ in hooks:
+            registered.clear()
+        yield
+    finally:
+        for registered, own in hooks:
+            registered.update(own)
+
+
+@contextmanager
 def _conditions(device: torch.device, random_state: Sequence[Tensor] | None, autocast: tuple[bool, torch.dtype]):
     """The random numbers and the autocast that a step had in forward."""
     now = _random_state(device) if random_state is not None else ()
+    outer, rebuilding.active = rebuilding.active, True
     try:
         if random_state is not None:
             _set_random_state(device, random_state)
@@ -227,5 +250,6 @@ def _conditions(device: torch.device, random_state: Sequence[Tensor] | None, aut
         with torch.autocast(device.type, enabled=autocast[0], dtype=autocast[1], cache_enabled=False):
             yield
     finally:
+        rebuilding.active = outer
         if random_state is not None:
             _set_random_state(device, now)

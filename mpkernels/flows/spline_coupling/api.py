@@ -213,7 +213,7 @@ def _as_four(x: Tensor, parameters: Tensor, parameters_dim: int) -> Tensor:
                 f"parameters: expected (B, C (3 K - 1), ...) for x of shape {shape}, got {tuple(parameters.shape)}"
             )
         if channels == 0:
-            return parameters.new_empty((shape[0], 0, math.prod(shape[2:]), 5))
+            return parameters.reshape(shape[0], 0, math.prod(shape[2:]), 5)  # (as good a number as any)
         split = parameters.unflatten(1, (channels, parameters.shape[1] // channels))  # (B, C, P, ...)
         return (split.flatten(3) if split.dim() > 3 else split[..., None]).transpose(2, 3)
     if parameters.dim() != x.dim() + 1 or parameters.shape[:-1] != x.shape:

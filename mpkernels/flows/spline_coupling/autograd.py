@@ -158,17 +158,16 @@ class _SplineForwardMode(_Spline):
     def setup_context(ctx, inputs, output):
         _Spline.setup_context(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:_TENSORS])
-        ctx.output_like = [(x.shape, x.dtype, x.device) for x in output]
+        ctx.output_like = [(x.shape, x.dtype, x.device) for x in output[:2]]
 
     @staticmethod
     def jvp(ctx, *tangents):
         inputs = ctx.saved_tensors
-        y, log_abs_det, low = (torch.zeros(s, dtype=dtype, device=device) for s, dtype, device in ctx.output_like)
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.output_like]
         # the gradient is linear in the gradients of the outputs: its transpose is the derivative in a direction
-        found, transpose = vjp(lambda *g: derivative.spline_gradient(*g, *inputs, *ctx.numbers), (y, log_abs_det))
-        return *transpose(
-            tuple(torch.zeros_like(x) if t is None else t for x, t in zip(found, tangents[:2], strict=True))
-        ), low
+        found, transpose = vjp(lambda *g: derivative.spline_gradient(*g, *inputs, *ctx.numbers), zeros)
+        along = (torch.zeros_like(x) if t is None else t for x, t in zip(found, tangents[:2], strict=True))
+        return *transpose(tuple(along)), None
 
 
 class _SplineBackwardForwardMode(_SplineBackward):

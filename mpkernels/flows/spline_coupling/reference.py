@@ -1,7 +1,7 @@
 """The spline coupling, slowly: the formula in plain torch, as schema.py has it, differentiable by autograd.
 
-Outside the interval everything is replaced before it is used, by a 0 and by parameters of 0, so that neither a value nor
-a gradient of what does not count is ever multiplied.
+Outside the interval everything is replaced before it is used, by a 0 and by parameters of 0, so that neither a value
+nor a gradient of what does not count is ever multiplied.
 """
 
 from __future__ import annotations

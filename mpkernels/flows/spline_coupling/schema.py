@@ -31,9 +31,10 @@ Monotone rational-quadratic spline (Durkan et al. 2019, eqs. 4 to 8, and appendi
 Outside the interval, and where x is NaN, y = x with log f' = 0; parameters there are not used, and get gradient 0.
 
 Numerics, for inputs of float32 and the half types: the exponentials of softmax, and softplus, in float32; from their
-sums on in float64 (a softmax that adds up to 1 only in float32 could shorten the last bin to nothing where min_bin_width
-is tiny), w_k and h_k being differences of knots; forward and inverse have the very same knots. Slopes down to 1e-7 occur, where rounding y to float32 alone moves x by more than 0.1: y + low keeps it. The
-discriminant of the inverse is limited to >= 0. y is the exact result rounded, low what that lost, rounded.
+sums on in float64 (a softmax that adds up to 1 in float32 alone could leave nothing of the last bin where min_bin_width
+is tiny), w_k and h_k being differences of knots; forward and inverse have the very same knots. Slopes down to 1e-7
+occur, where rounding y to float32 alone moves x by more than 0.1: y + low keeps it. The discriminant of the inverse is
+limited to >= 0. y is the exact result rounded, low what that lost, rounded.
 
 All tensors may have any strides; fast paths: parameters contiguous in P (a linear layer), or in S (a convolution).
 y, log_abs_det, low and grad_x are contiguous. log_abs_det is float32 (float64 for float64), summed in a fixed order.

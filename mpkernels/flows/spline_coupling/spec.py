@@ -30,7 +30,9 @@ def _spline(
         number = 3 * bins - 1
         raw_shape = (shape[0], shape[1] * number, *shape[2:]) if channels_first else (*shape, number)
         raw = torch.randn(raw_shape, generator=generator, dtype=torch.float64) * spread
-        arguments: Arguments = dict(zip(("x", "parameters"), change(x.to(device, dtype), raw.to(device, dtype))))
+        arguments: Arguments = dict(
+            zip(("x", "parameters"), change(x.to(device, dtype), raw.to(device, dtype)), strict=True)
+        )
         if low:
             arguments["low"] = torch.full_like(arguments["x"], 2.0**-30)
         return arguments | ({"parameters_dim": 1} if channels_first else {}) | settings

@@ -44,11 +44,11 @@ class DigitModel(Protocol):
 def moved_batches(
     pictures: Tensor, size: int, shift: float, generator: torch.Generator, *others: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Training pictures (size, 28, 28) uint8, without end, and what belongs to them of ``others`` (pictures, ...).
+    """Training pictures (size, side, side) uint8, without end, and what belongs to them of ``others`` (pictures, ...).
 
     ``shift`` is the share that is moved, by up to a pixel.
     """
-    side = torch.arange(SIDE)
+    side = torch.arange(pictures.shape[-1])
     padded = F.pad(pictures, (1, 1, 1, 1))
     size = min(size, len(pictures))
     while True:

@@ -231,5 +231,7 @@ SPECS = (
         cost=_cost,
         triton_kernels=_triton_kernels,
         trained=("x", "log_scale_or_raw"),
+        demo="python_models.glow",
+        demo_name="glow",
     ),
 )

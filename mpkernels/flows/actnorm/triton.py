@@ -196,7 +196,5 @@ def _compiled(function, title: str, name: str, constexprs: dict) -> TritonKernel
         signature={argument: kind(argument) for argument in function.arg_names},
         constexprs=constexprs,
         num_warps=_WARPS,
-        divisible=tuple(
-            a for a in function.arg_names if kind(a) == "i32" and a not in ("pieces", "batch", "blocks_c")
-        ),
+        divisible=tuple(a for a in function.arg_names if kind(a) == "i32" and a not in ("pieces", "batch", "blocks_c")),
     )

@@ -1,11 +1,15 @@
 """What lies between the levels of a flow, and the layouts of parameters."""
 
 import doctest
+from typing import Any
 
 import pytest
 import torch
 
 from mpkernels.flows import layouts, reshaping, split, split_parameters, squeeze, unsqueeze
+
+LIST: Any = [1]
+REAL: Any = 2.0
 
 
 def test_squeeze_has_the_order_channels_rows_columns():
@@ -37,8 +41,8 @@ def test_split_halves_the_channels_in_place():
     [
         (lambda: squeeze(torch.zeros(1, 2, 3, 4)), ValueError, "x.*factor 2.*3, 4"),
         (lambda: squeeze(torch.zeros(2, 3, 4)), ValueError, r"x.*\(B, C, H, W\)"),
-        (lambda: squeeze([1]), TypeError, "x.*Tensor.*list"),
-        (lambda: squeeze(torch.zeros(1, 2, 4, 4), 2.0), TypeError, "factor.*integer.*float"),
+        (lambda: squeeze(LIST), TypeError, "x.*Tensor.*list"),
+        (lambda: squeeze(torch.zeros(1, 2, 4, 4), REAL), TypeError, "factor.*integer.*float"),
         (lambda: unsqueeze(torch.zeros(1, 8, 4, 4), 0), ValueError, "factor.*1.*0"),
         (lambda: unsqueeze(torch.zeros(1, 6, 4, 4)), ValueError, "x.*channels.*4.*6"),
         (lambda: split(torch.zeros(2, 5)), ValueError, "x.*even C.*5"),

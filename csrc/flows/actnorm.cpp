@@ -8,8 +8,8 @@
 //
 // Decomposition: a task is some samples of some channels, a channel's row of positions at a time (lanes along the
 // positions), or, for features (S = 1), lanes along the channels. Inputs whose channels lie side by side are transposed
-// in registers. Backward is one pass too; each task has sums of its own (vectors of at most 4096 numbers, then float64),
-// added in order. Tasks depend on the shape alone.
+// in registers. Backward is one pass too; each task has sums of its own (vectors of at most 4096 numbers, then
+// float64), added in order. Tasks depend on the shape alone.
 //
 // Bytes: x read, y written; backward g and x read, dx written. Memory is the limit.
 #include "common/dispatch.h"
@@ -87,8 +87,8 @@ void each_task(const Sizes& n, const Body& body) {
   parallel_pieces(n.pieces() * n.blocks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t piece = i / n.blocks(), block = i % n.blocks();
-      body(Task{piece, piece * n.samples_each, std::min(n.batch, (piece + 1) * n.samples_each),
-                block * n.channels_each, std::min(n.channels, (block + 1) * n.channels_each)});
+      body(Task{piece, piece * n.samples_each, std::min(n.batch, (piece + 1) * n.samples_each), block * n.channels_each,
+                std::min(n.channels, (block + 1) * n.channels_each)});
     }
   });
 }
@@ -155,7 +155,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& bias, const Te
     const Affine<T> affine(bias, log_scale, shift_first, inverse);
     double total = 0;
     for (int64_t c = 0; c < n.channels; ++c) total += pointer<const T>(log_scale)[c];
-    std::fill_n(pointer<T>(log_abs_det), n.batch, static_cast<T>(affine.sign * static_cast<double>(n.positions) * total));
+    std::fill_n(pointer<T>(log_abs_det), n.batch,
+                static_cast<T>(affine.sign * static_cast<double>(n.positions) * total));
     S* to = pointer<S>(y);
     each_task(n, [&](const Task& task) {
       each_vector<S>(n, n.order(), task, pointer<const S>(x),
@@ -173,13 +174,21 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& bias, const Te
 // Sums of g and of g (x + before), a channel each, for the channels of a task: vectors that are emptied into float64.
 template <typename T>
 struct Sums {
-  T* vectors;  // (channels, 2, lanes)
+  T* vectors;  // (channels, 2, lanes), or where lanes are channels (2, channels in whole vectors)
   double* totals;
   int64_t stride;  // from the totals of g to the others
 
   void clear(int64_t channels) const {
     for (int64_t c = 0; c < channels; ++c) totals[c] = totals[stride + c] = 0;
     std::fill_n(vectors, channels * 2 * lanes<T>, T(0));
+  }
+  // Lanes are channels: adds to those from `channel` on, and empties them into the totals from `total` on.
+  MPKERNELS_INLINE void add_lanes(int64_t channel, int64_t total, Vector<T> x, int64_t count, bool empty,
+                                  int64_t offset = 0) const {
+    T* at = vectors + offset + channel;
+    x += load_raw(at);
+    store<T>(at, empty ? Vector<T>{} : x);
+    for (int64_t i = 0; empty && i < count; ++i) totals[total + i] += static_cast<double>(x[i]);
   }
 };
 
@@ -227,13 +236,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& 
         if (!needs_sums) return;
         Vector<T> product = g * (v + coefficient<T, along>(affine.before, c));
         if (count < L) product = select<T>(first_lanes<T>(count), product, Vector<T>{});  // (0 times an infinite shift)
-        T* vectors = sums.vectors + own * 2 * L;
         if constexpr (along) {
-          for (int64_t i = 0; i < count; ++i) {
-            sums.totals[own + i] += static_cast<double>(g[i]);
-            sums.totals[n.channels + own + i] += static_cast<double>(product[i]);
-          }
+          const bool last = (b - task.first_sample) % 256 == 255 || b + 1 == task.last_sample;
+          sums.add_lanes(own, own, g, count, last);
+          sums.add_lanes(own, n.channels + own, product, count, last, (channels + L - 1) / L * L);
         } else {
+          T* vectors = sums.vectors + own * 2 * L;
           store<T>(vectors, load_raw(vectors) + g);
           store<T>(vectors + L, load_raw(vectors + L) + product);
           if (count < L || p + L == n.positions || p % 4096 == 4096 - L) empty_sums(sums, own);

@@ -32,8 +32,8 @@ constexpr int64_t blocks(int64_t size, int64_t block) {
   return (size + block - 1) / block;
 }
 
-// `multiply`, with the last vectors of a row in one tile: 48 channels are 3 vectors with AVX-512, which one by one would
-// leave half of the arithmetic waiting for loads.
+// `multiply`, with the last vectors of a row in one tile: 48 channels are 3 vectors with AVX-512, which one by one
+// would leave half of the arithmetic waiting for loads.
 template <typename T>
 void multiply_rows(const Left<T>& a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t rows, int64_t vectors,
                    int64_t depth, bool accumulate) {
@@ -56,8 +56,8 @@ void product(const Left<T>& left, const T* right, int64_t rows, int64_t depth, c
              int64_t first, int64_t count, T* work) {
   T* to = work;
   int64_t row = panel;
-  const bool in_place = std::is_same_v<S, T> && y.position_stride == 1 && y.run(first) >= count &&
-                        count % lanes<T> == 0;
+  const bool in_place =
+      std::is_same_v<S, T> && y.position_stride == 1 && y.run(first) >= count && count % lanes<T> == 0;
   if constexpr (std::is_same_v<S, T>) {
     if (in_place) {
       to = y.at(first);
@@ -148,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
         for (int64_t n = piece * panels * panel; n < stop; n += panel) {
           const int64_t count = std::min(panel, columns - n);
           pack<S>(gradient, outputs, n, count, packed);
-          if (needs_x) product<S>(transposed, packed, inputs, outputs, static_cast<const T*>(nullptr), to, n, count, work);
+          if (needs_x)
+            product<S>(transposed, packed, inputs, outputs, static_cast<const T*>(nullptr), to, n, count, work);
           if (needs_weight) {
             pack_transposed<S>(from, inputs, n, count, right, size.row, work);
             multiply_rows<T>(Left<T>{packed, panel, 1}, right, size.row, of_piece, size.row, outputs, size.row / L,

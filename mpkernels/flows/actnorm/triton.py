@@ -44,6 +44,10 @@ def _type(x: Tensor):
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
+def _launch(kernel, programs: int, *arguments, **settings) -> None:
+    kernel[(programs,)](*arguments, **settings, num_warps=_WARPS, num_stages=1)
+
+
 def forward(
     x: Tensor,  # (B, C, S)
     bias: Tensor,  # (C,)
@@ -60,7 +64,9 @@ def forward(
     checks.programs("actnorm", _blocks(count, block))
     with torch.cuda.device_of(x):
         if count > 0:
-            kernels.actnorm_forward[(_blocks(count, block),)](
+            _launch(
+                kernels.actnorm_forward,
+                _blocks(count, block),
                 x,
                 bias,
                 log_scale,
@@ -75,12 +81,18 @@ def forward(
                 LARGE=count > _LARGEST,
                 TYPE=_type(x),
                 BLOCK=block,
-                num_warps=_WARPS,
-                num_stages=1,
             )
         if batch > 0:
-            kernels.actnorm_log_abs_det[(_blocks(batch, _LOG_BLOCK),)](
-                log_scale, log_abs_det, batch, channels, positions, INVERSE=inverse, BLOCK=_LOG_BLOCK, num_warps=_WARPS
+            _launch(
+                kernels.actnorm_log_abs_det,
+                _blocks(batch, _LOG_BLOCK),
+                log_scale,
+                log_abs_det,
+                batch,
+                channels,
+                positions,
+                INVERSE=inverse,
+                BLOCK=_LOG_BLOCK,
             )
     return y, log_abs_det
 
@@ -110,7 +122,9 @@ def backward(
     directions = {"INNER": shift_first != inverse, "INVERSE": inverse}
     with torch.cuda.device_of(x):
         if x.numel() > 0 and (needs_x or sums):
-            kernels.actnorm_backward[(blocks_c * pieces,)](
+            _launch(
+                kernels.actnorm_backward,
+                blocks_c * pieces,
                 grad_y,
                 x,
                 bias,
@@ -131,12 +145,12 @@ def backward(
                 BLOCK_C=block_c,
                 BLOCK_N=block_n,
                 TILES=tiles,
-                num_warps=_WARPS,
-                num_stages=1,
             )
         if sums and channels > 0:
             block_p, block_c = _SUM_TILE
-            kernels.actnorm_sum[(_blocks(channels, block_c),)](
+            _launch(
+                kernels.actnorm_sum,
+                _blocks(channels, block_c),
                 parts,
                 grad_log_abs_det,
                 log_scale,
@@ -150,8 +164,6 @@ def backward(
                 **directions,
                 BLOCK_P=block_p,
                 BLOCK_C=block_c,
-                num_warps=_WARPS,
-                num_stages=1,
             )
     none = bias.new_empty((0,))
     return of_x, of_bias if needs_bias else none, of_log_scale if needs_log_scale else bias.new_empty((0,))
@@ -196,7 +208,5 @@ def _compiled(function, title: str, name: str, constexprs: dict) -> TritonKernel
         signature={argument: kind(argument) for argument in function.arg_names},
         constexprs=constexprs,
         num_warps=_WARPS,
-        divisible=tuple(
-            a for a in function.arg_names if kind(a) == "i32" and a not in ("pieces", "batch", "blocks_c")
-        ),
+        divisible=tuple(a for a in function.arg_names if kind(a) == "i32" and a not in ("pieces", "batch", "blocks_c")),
     )

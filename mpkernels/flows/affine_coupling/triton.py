@@ -92,6 +92,10 @@ class _Problem:
         }
 
 
+def _launch(kernel, programs: int, *arguments, warps: int, **settings) -> None:
+    kernel[(programs,)](*arguments, **settings, num_warps=warps, num_stages=1)
+
+
 def forward(
     x: Tensor,  # (B, C, H, W)
     raw: Tensor | None,  # (B, P, H, W), or (B, 2 P, H, W)
@@ -120,7 +124,9 @@ def forward(
         return y, log_abs_det
     tensors = (x, problem.raw, problem.shift, problem.mask)
     with torch.cuda.device_of(x):
-        kernels.coupling_forward[(problem.programs,)](
+        _launch(
+            kernels.coupling_forward,
+            problem.programs,
             *tensors,
             y,
             parts,
@@ -129,13 +135,10 @@ def forward(
             problem.pieces,
             *problem.ranges,
             **problem.settings,
-            num_warps=problem.warps,
-            num_stages=1,
+            warps=problem.warps,
         )
         if parts is not log_abs_det:
-            kernels.coupling_sum[(problem.batch,)](
-                parts, log_abs_det, problem.pieces, BLOCK=_SUM_BLOCK, num_warps=1, num_stages=1
-            )
+            _launch(kernels.coupling_sum, problem.batch, parts, log_abs_det, problem.pieces, BLOCK=_SUM_BLOCK, warps=1)
     return y, log_abs_det
 
 
@@ -175,7 +178,9 @@ def backward(
     settings["NESTED"] = settings["NESTED"] and all(_nested(p) for p in (grad_y, *written))
     inputs = (x, problem.raw, problem.shift, problem.mask)
     with torch.cuda.device_of(x):
-        kernels.coupling_backward[(problem.programs,)](
+        _launch(
+            kernels.coupling_backward,
+            problem.programs,
             grad_y,
             grad_log_abs_det,
             *inputs,
@@ -191,8 +196,7 @@ def backward(
             problem.pieces,
             *problem.ranges,
             **settings,
-            num_warps=problem.warps,
-            num_stages=1,
+            warps=problem.warps,
         )
     return of_x, of_raw, of_shift
 

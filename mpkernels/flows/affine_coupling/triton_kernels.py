@@ -9,8 +9,8 @@ side (NESTED), j is the offset; else channel, row and column are divided out of 
 
 Log-determinants are summed in float64, a part for each program, and the parts of a sample in their order.
 
-Bytes: forward reads x, raw and shift once and writes y; backward reads x, raw and the gradient of y (and shift, where it
-is added first) and writes three gradients. Where a mask is CHANNEL, parameters of kept elements are not read.
+Bytes: forward reads x, raw and shift once and writes y; backward reads x, raw and the gradient of y (and shift, where
+it is added first) and writes three gradients. Where a mask is CHANNEL, parameters of kept elements are not read.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _parameters(tensor, b, j, c, h, w, transformed, inside, first, c_first, stri
                 PATTERN: tl.constexpr, NESTED: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
     """Parameters of the transformed elements, 0 for the others."""
     at = j - first if NESTED else _offset(c - c_first, h, w, stride_c, stride_h, stride_w)
-    # a whole block where there are parameters for it: a mask that changes from element to element would narrow the loads
+    # (a whole block where it has parameters: a mask that changes from element to element would narrow the loads)
     readable = transformed if PATTERN == _CHANNEL else inside
     found = tl.load(tensor + b * stride_b + at, mask=readable, other=0.0).to(TYPE)
     return tl.where(transformed, found, 0.0)

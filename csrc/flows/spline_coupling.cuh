@@ -33,8 +33,8 @@ constexpr int warp_lanes = 32;
 constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int64_t most_pieces = 4096;  // of a sample: more than blocks run at a time, and few to add
 
-// Blocks of a multiprocessor at a time, which bounds a thread's registers: as many as do without spills. Six blocks with
-// three loads of 16 bytes a thread have 36 KB on their way, twice what hides the latency of an H100's memory.
+// Blocks of a multiprocessor at a time, which bounds a thread's registers: as many as do without spills. Six blocks
+// with three loads of 16 bytes a thread have 36 KB on their way, twice what hides the latency of an H100's memory.
 template <typename S>
 constexpr int forward_blocks = sizeof(S) == 8   ? 3
                                : sizeof(S) == 4 ? 6

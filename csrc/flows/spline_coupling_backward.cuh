@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(threads_per_block, backward_blocks<S>)
       const int lead = !Staged ? 0 : loads ? lead_of(from) : lead_of(target);
       const Rows<T, K> rows{space + lead, number};
       if (loads) {
-        load_rows(from, count * number, rows, lead);
+        load_rows<sizeof(S) == 2 ? 1 : 2>(from, count * number, rows, lead);
         __syncthreads();
       }
       if (thread < count) {

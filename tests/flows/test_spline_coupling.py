@@ -105,7 +105,7 @@ class SplineProperties(OpProperties):
     def test_low_goes_through_layers(self):
         layers = [normal(2, 40, 23, seed=seed, spread=5.0) for seed in range(3)]
         x = uniform(2, 40)
-        y, low = x, None
+        y, low = x, torch.zeros_like(x)
         for parameters in layers:
             y, _, low = self.run(y, parameters, low=low, return_low=True)
         for parameters in reversed(layers):
@@ -189,6 +189,15 @@ class SplineProperties(OpProperties):
         at_knots = 1e-3 + torch.nn.functional.softplus(raw[0].diagonal())
         wanted = at_knots.log().sum() * (-1 if inverse else 1)
         torch.testing.assert_close(log_abs_det.cpu()[0], wanted)
+
+    def test_steep_end_of_a_flat_bin(self):
+        """Where one form of the inverse's root subtracts numbers that differ in their last digits."""
+        parameters = torch.tensor([9.0, -9.0, -9.0, 9.0, 1e6], dtype=torch.float64).expand(1, 20, 5)
+        y = torch.linspace(-2.999, -2.995, 20, dtype=torch.float64)[None]
+        x, log_abs_det = self.run(y, parameters, inverse=True)
+        again, of_again = self.run(x, parameters)
+        torch.testing.assert_close(again.cpu(), y, rtol=0, atol=1e-8)
+        torch.testing.assert_close(of_again, -log_abs_det, rtol=1e-5, atol=0)
 
     def test_narrow_bins(self):
         """Nothing of the interval is lost where bins may almost vanish."""

@@ -8,8 +8,8 @@
 //
 // Decomposition: a task is some samples of some channels, a channel's row of positions at a time (lanes along the
 // positions), or, for features (S = 1), lanes along the channels. Inputs whose channels lie side by side are transposed
-// in registers. Backward is one pass too; each task has sums of its own (vectors of at most 4096 numbers, then float64),
-// added in order. Tasks depend on the shape alone.
+// in registers. Backward is one pass too; each task has sums of its own (vectors of at most 4096 numbers, then
+// float64), added in order. Tasks depend on the shape alone.
 //
 // Bytes: x read, y written; backward g and x read, dx written. Memory is the limit.
 #include "common/dispatch.h"
@@ -87,8 +87,8 @@ void each_task(const Sizes& n, const Body& body) {
   parallel_pieces(n.pieces() * n.blocks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t piece = i / n.blocks(), block = i % n.blocks();
-      body(Task{piece, piece * n.samples_each, std::min(n.batch, (piece + 1) * n.samples_each),
-                block * n.channels_each, std::min(n.channels, (block + 1) * n.channels_each)});
+      body(Task{piece, piece * n.samples_each, std::min(n.batch, (piece + 1) * n.samples_each), block * n.channels_each,
+                std::min(n.channels, (block + 1) * n.channels_each)});
     }
   });
 }
@@ -155,7 +155,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& bias, const Te
     const Affine<T> affine(bias, log_scale, shift_first, inverse);
     double total = 0;
     for (int64_t c = 0; c < n.channels; ++c) total += pointer<const T>(log_scale)[c];
-    std::fill_n(pointer<T>(log_abs_det), n.batch, static_cast<T>(affine.sign * static_cast<double>(n.positions) * total));
+    std::fill_n(pointer<T>(log_abs_det), n.batch,
+                static_cast<T>(affine.sign * static_cast<double>(n.positions) * total));
     S* to = pointer<S>(y);
     each_task(n, [&](const Task& task) {
       each_vector<S>(n, n.order(), task, pointer<const S>(x),

@@ -1,151 +1,213 @@
-// In which order the CPU kernels of the affine coupling walk through tensors of any strides: lines of elements, as long
-// as all tensors allow, in pieces that do not depend on the number of threads.
+// In which order the CPU kernels of the affine coupling walk through tensors of any strides. It follows from the shape
+// of x alone, so that sums have the same bits whatever the strides of the tensors are, and on any number of threads.
 #pragma once
 
 #include "common/parallel.h"
+#include "common/vector.h"
 #include "flows/affine_coupling_math.h"
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace mpkernels {
 namespace affine_coupling {
 
-// The tensors of a call (their strides are counted in elements), and the numbers of the elements of a sample.
-enum Operand : int { in_x, in_raw, in_shift, in_mask, in_grad, numbers, out_x, out_raw, out_shift, operands };
+constexpr int64_t line_elements = 1024;                 // what is worked on at a time: its copies stay in the L1 cache
+constexpr int64_t piece_elements = 16 * line_elements;  // what a thread takes
+constexpr int64_t few_elements = 16;  // samples of no more are walked through together, an element after the other
 
 struct Strides {
   int64_t batch = 0, channel = 0, row = 0, column = 0;
 };
 
-constexpr int64_t piece_elements = 16384;
-constexpr int64_t line_elements = 1024;  // what is worked on at a time: its copies stay in the L1 cache
-constexpr int64_t few_elements = 16;     // a sample of no more is a column of lines through all samples
+// The elements of a sample in order (channel, row, column), as at most three nested loops, the innermost one first.
+struct Levels {
+  int64_t batch = 0;
+  int count = 1;
+  int64_t sizes[3] = {1, 1, 1}, strides[3] = {1, 0, 0};
 
-// A part of all samples: sizes[0] x sizes[1] x sizes[2] lines of sizes[3] elements. The outer size is the batch, or,
-// with few elements a sample, the inner one is.
-struct Walk {
-  bool along_batch;
-  int64_t sizes[4];
-  int64_t strides[operands][4];
-  int64_t pieces;  // of a sample; along the batch of all of them
-  int64_t lines;   // a piece has; 0 where a line has several pieces
-
-  int64_t items() const { return along_batch ? pieces : sizes[0] * pieces; }
-  int64_t item_elements() const {
-    return std::max<int64_t>(1, along_batch ? sizes[0] * sizes[1] * sizes[2] * std::min(sizes[3], line_elements)
-                                            : std::min(piece_elements, sizes[1] * sizes[2] * sizes[3]));
-  }
-
-  int64_t offset(int operand, int64_t a, int64_t b, int64_t c, int64_t i) const {
-    const int64_t* s = strides[operand];
-    return a * s[0] + b * s[1] + c * s[2] + i * s[3];
-  }
-
-  // Calls line(a, b, c, begin, end) for every line of a piece.
-  template <typename Line>
-  void run(int64_t item, const Line& line) const {
-    if (along_batch) {
-      const int64_t begin = item * line_elements, end = std::min(sizes[3], begin + line_elements);
-      for (int64_t a = 0; a < sizes[0]; ++a) {
-        for (int64_t b = 0; b < sizes[1]; ++b) {
-          for (int64_t c = 0; c < sizes[2]; ++c) line(a, b, c, begin, end);
-        }
+  Levels() = default;
+  Levels(const Strides& s, int64_t channels, int64_t height, int64_t width) : batch(s.batch), count(0) {
+    const int64_t all[3] = {width, height, channels}, apart[3] = {s.column, s.row, s.channel};
+    for (int d = 0; d < 3; ++d) {
+      if (all[d] == 1) continue;
+      if (count > 0 && apart[d] == strides[count - 1] * sizes[count - 1]) {
+        sizes[count - 1] *= all[d];
+      } else {
+        sizes[count] = all[d];
+        strides[count++] = apart[d];
       }
-      return;
     }
-    const int64_t a = item / pieces, piece = item % pieces;
-    if (lines == 0) {
-      const int64_t in_line = (sizes[3] + piece_elements - 1) / piece_elements;
-      const int64_t row = piece / in_line, begin = piece % in_line * piece_elements;
-      line(a, row / sizes[2], row % sizes[2], begin, std::min(sizes[3], begin + piece_elements));
-      return;
+    count = std::max(count, 1);
+  }
+
+  int64_t offset(int64_t i) const {
+    if (count == 1) return i * strides[0];
+    const int64_t rest = i / sizes[0];
+    return i % sizes[0] * strides[0] + rest % sizes[1] * strides[1] + rest / sizes[1] * strides[2];
+  }
+  // Whether elements [i, i + n) lie side by side.
+  bool together(int64_t i, int64_t n) const { return strides[0] == 1 && (count == 1 || i % sizes[0] + n <= sizes[0]); }
+};
+
+// n elements `stride` apart, converted; side by side at `to`.
+template <typename T, typename S>
+void gather(const S* from, int64_t stride, int64_t n, T* to) {
+  if (stride == 1) {
+    if constexpr (std::is_same_v<S, T>) {
+      std::copy_n(from, n, to);
+    } else {
+      int64_t i = 0;
+      for (; i + lanes<T> <= n; i += lanes<T>) store<T>(to + i, load<S>(from + i));
+      if (i < n) store_first<T>(to + i, load_first<S>(from + i, n - i), n - i);
     }
-    const int64_t last = std::min(sizes[1] * sizes[2], (piece + 1) * lines);
-    for (int64_t row = piece * lines; row < last; ++row) {
-      line(a, row / sizes[2], row % sizes[2], int64_t{0}, sizes[3]);
+  } else if (stride == 0) {
+    std::fill_n(to, n, static_cast<T>(*from));
+  } else if (stride == 2) {  // (a constant stride is vectorised)
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[2 * i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
+  }
+}
+
+// The other way round.
+template <typename T, typename S>
+void scatter(const T* from, int64_t stride, int64_t n, S* to) {
+  if (stride == 1) {
+    if constexpr (std::is_same_v<S, T>) {
+      std::copy_n(from, n, to);
+    } else {
+      int64_t i = 0;
+      for (; i + lanes<T> <= n; i += lanes<T>) store<S>(to + i, load<T>(from + i));
+      if (i < n) store_first<S>(to + i, load_first<T>(from + i, n - i), n - i);
+    }
+  } else if (stride == 2) {
+    for (int64_t i = 0; i < n; ++i) to[2 * i] = static_cast<S>(from[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i * stride] = static_cast<S>(from[i]);
+  }
+}
+
+// Calls piece(offset, first, count) for parts of elements [i, i + n) that are evenly strided: they are `first` of the
+// n.
+template <typename Piece>
+void for_even_pieces(const Levels& levels, int64_t i, int64_t n, const Piece& piece) {
+  for (int64_t done = 0; done < n;) {
+    const int64_t count = levels.count == 1 ? n : std::min(n - done, levels.sizes[0] - (i + done) % levels.sizes[0]);
+    piece(levels.offset(i + done), done, count);
+    done += count;
+  }
+}
+
+// One tensor of a call, or a part of its channels. S is what it holds, T what is computed in.
+template <typename S, typename T>
+struct Operand {
+  S* at = nullptr;  // null where it is not there
+  Levels levels;
+
+  static constexpr bool converted = !std::is_same_v<std::remove_const_t<S>, T>;
+
+  S* element(int64_t sample, int64_t i) const { return at + sample * levels.batch + levels.offset(i); }
+
+  // Elements [i, i + n) of a sample, or of samples [i, i + n) the element numbered `which`: where they are if they lie
+  // side by side, else null.
+  S* in_place(bool along_batch, int64_t which, int64_t i, int64_t n) const {
+    if (along_batch) return levels.batch == 1 ? element(i, which) : nullptr;
+    return levels.together(i, n) ? element(which, i) : nullptr;
+  }
+
+  // The same elements, in `room` where they do not lie side by side; null where the tensor is not there.
+  const T* read(bool along_batch, int64_t which, int64_t i, int64_t n, T* room) const {
+    if (at == nullptr) return nullptr;
+    if constexpr (!converted) {
+      if (const S* found = in_place(along_batch, which, i, n)) return found;
+    }
+    if (along_batch) {
+      gather<T>(static_cast<const std::remove_const_t<S>*>(element(i, which)), levels.batch, n, room);
+    } else {
+      const std::remove_const_t<S>* from = at + which * levels.batch;
+      for_even_pieces(levels, i, n, [&](int64_t offset, int64_t first, int64_t count) {
+        gather<T>(from + offset, levels.strides[0], count, room + first);
+      });
+    }
+    return room;
+  }
+
+  // Where to write those elements: there, or in `room`, from which `finish` moves them.
+  T* write(bool along_batch, int64_t which, int64_t i, int64_t n, T* room) const {
+    if (at == nullptr) return nullptr;
+    if constexpr (!converted) {
+      if (S* found = in_place(along_batch, which, i, n)) return found;
+    }
+    return room;
+  }
+  void finish(bool along_batch, int64_t which, int64_t i, int64_t n, const T* written, const T* room) const {
+    if (at == nullptr || written != room) return;
+    if (along_batch) {
+      scatter(room, levels.batch, n, element(i, which));
+    } else {
+      S* to = at + which * levels.batch;
+      for_even_pieces(levels, i, n, [&](int64_t offset, int64_t first, int64_t count) {
+        scatter(room + first, levels.strides[0], count, to + offset);
+      });
     }
   }
 };
 
-// `given` are the strides of the operands that `present` says are there. Channels are not joined with what is inside
-// them where `planes_apart`.
-inline Walk plan(int64_t batch, int64_t channels, int64_t height, int64_t width, const Strides* given,
-                 const bool* present, bool along_batch, bool planes_apart) {
-  Walk walk{};
-  walk.along_batch = along_batch;
-  if (along_batch) {
-    const int64_t sizes[4] = {channels, height, width, batch};
-    std::copy_n(sizes, 4, walk.sizes);
-    for (int o = 0; o < operands; ++o) {
-      const int64_t strides[4] = {given[o].channel, given[o].row, given[o].column, given[o].batch};
-      std::copy_n(strides, 4, walk.strides[o]);
-    }
-    walk.pieces = (batch + line_elements - 1) / line_elements;
-  } else {
-    // from the inside: each dimension joins the one inside it where that is a whole line in all tensors
-    const int64_t sizes[3] = {width, height, channels};
-    int at = 3;
-    walk.sizes[0] = batch;
-    walk.sizes[1] = walk.sizes[2] = walk.sizes[3] = 1;
-    bool empty = true;
-    for (int d = 0; d < 3; ++d) {
-      if (sizes[d] == 1) continue;
-      const auto stride = [&](int o) { return d == 0 ? given[o].column : d == 1 ? given[o].row : given[o].channel; };
-      bool joins = !empty && !(d == 2 && planes_apart);
-      for (int o = 0; o < operands && joins; ++o) {
-        joins = !present[o] || stride(o) == walk.strides[o][at] * walk.sizes[at];
-      }
-      if (joins) {
-        walk.sizes[at] *= sizes[d];
-        continue;
-      }
-      if (!empty) --at;
-      empty = false;
-      walk.sizes[at] = sizes[d];
-      for (int o = 0; o < operands; ++o) walk.strides[o][at] = stride(o);
-    }
-    for (int o = 0; o < operands; ++o) walk.strides[o][0] = given[o].batch;
-    const int64_t rows = walk.sizes[1] * walk.sizes[2], inner = walk.sizes[3];
-    if (inner > piece_elements) {
-      walk.lines = 0;
-      walk.pieces = rows * ((inner + piece_elements - 1) / piece_elements);
-    } else {
-      walk.lines = std::max<int64_t>(1, piece_elements / std::max<int64_t>(1, inner));
-      walk.pieces = (rows + walk.lines - 1) / walk.lines;
-    }
-  }
-  for (int o = 0; o < operands && walk.sizes[3] == 1; ++o) walk.strides[o][3] = 1;
-  return walk;
-}
-
-// Which elements a pattern of indices keeps, as bytes along the elements of a sample: the first ones of what repeats.
+// Which elements a pattern of indices keeps, as bytes along the elements of a sample: what repeats, or the first of it.
 struct Kept {
   std::vector<uint8_t> bytes;
   int64_t restart = 1;  // elements after which they begin again
 
   int64_t size() const { return static_cast<int64_t>(bytes.size()); }
-  // Where the byte of an element is; those of the next elements follow, up to the end of bytes.
+  // Where the byte of an element is, and of how many elements the bytes follow.
   int64_t place(int64_t element) const { return element % restart % size(); }
+  int64_t following(int64_t element) const { return std::min(size() - place(element), restart - element % restart); }
+
+  Kept() = default;
+  Kept(int64_t pattern, int64_t parity, int64_t channels, int64_t height, int64_t width) {
+    const bool board = pattern == pattern_checkerboard;
+    const int64_t plane = height * width, all = channels * plane;
+    if (all == 0 || !(board || pattern == pattern_alternating)) return;
+    // all planes of a board are the same; two rows of one repeat, but an odd number of rows ends in between
+    const bool by_rows = board && (height % 2 == 0 || plane > 65536);
+    const int64_t period = by_rows ? 2 * width : board ? plane : 2 * plane;
+    restart = by_rows && height % 2 == 1 ? plane : all;
+    bytes.resize(static_cast<size_t>((2 * line_elements + period - 1) / period * period));
+    for (int64_t i = 0; i < size(); ++i) {
+      const int64_t number = board ? i % plane / width + i % width : i / plane;
+      bytes[static_cast<size_t>(i)] = number % 2 != parity;
+    }
+  }
 };
 
-inline Kept kept_elements(int64_t pattern, int64_t parity, int64_t channels, int64_t height, int64_t width) {
-  const int64_t plane = height * width, all = channels * plane;
-  Kept kept;
-  if (all == 0) return kept;
-  const bool board = pattern == pattern_checkerboard;
-  const bool constant = board && plane == 1;  // every plane is its element (0, 0)
-  const int64_t unit = board ? width : plane, period = 2 * unit;
-  // an even number of rows is a whole number of periods, and the next plane goes on where this one ends
-  kept.restart = board && height % 2 == 1 && !constant ? plane : all;
-  kept.bytes.resize(static_cast<size_t>((2 * line_elements + period - 1) / period * period));
-  for (int64_t i = 0; i < kept.size(); ++i) {
-    const int64_t number = constant ? 0 : i / unit + (board ? i % unit : 0);
-    kept.bytes[static_cast<size_t>(i)] = number % 2 != parity;
+// The order of the work on B samples of `elements`: pieces of samples, or, where those are few, pieces of the batch.
+struct Walk {
+  int64_t batch = 0, elements = 0;
+  bool along_batch = false;
+
+  int64_t pieces() const {  // of a sample; along the batch in all
+    return along_batch ? (batch + line_elements - 1) / line_elements : (elements + piece_elements - 1) / piece_elements;
   }
-  return kept;
-}
+  int64_t items() const { return elements == 0 ? 0 : along_batch ? pieces() : batch * pieces(); }
+  int64_t item_elements() const {
+    return along_batch ? elements * std::min(batch, line_elements) : std::min(elements, piece_elements);
+  }
+
+  // Calls line(which, begin, end) for the lines of a piece: elements of sample `which`, or samples of element `which`.
+  template <typename Line>
+  void run(int64_t item, const Line& line) const {
+    if (along_batch) {
+      const int64_t begin = item * line_elements, end = std::min(batch, begin + line_elements);
+      for (int64_t element = 0; element < elements; ++element) line(element, begin, end);
+    } else {
+      const int64_t begin = item % pieces() * piece_elements;
+      line(item / pieces(), begin, std::min(elements, begin + piece_elements));
+    }
+  }
+};
 
 }  // namespace affine_coupling
 }  // namespace mpkernels

@@ -4,6 +4,7 @@
 // the sigmoid (25 with exp); backward reads grad_y, x and raw, and writes three gradients: 24 bytes.
 #pragma once
 
+#include "common/lane_mask.h"
 #include "common/vector.h"
 #include "flows/affine_coupling_math.h"
 
@@ -40,17 +41,23 @@ struct Settings {
   bool streamed;      // outputs are beyond the caches
 };
 
-// Where bytes are not 0, in the first `count` lanes.
+// Where bytes are not 0, in the first `count` lanes. (GCC converts a vector of bytes a byte at a time.)
 template <typename T>
-MPKERNELS_INLINE Mask<T> truths(const uint8_t* from, int64_t count) {
-  typedef uint8_t Bytes __attribute__((vector_size(lanes<T>)));
-  Bytes bytes{};
-  if (count >= lanes<T>) {
-    std::memcpy(&bytes, from, sizeof(bytes));
-  } else {
-    std::memcpy(&bytes, from, static_cast<size_t>(count));
-  }
-  return __builtin_convertvector(bytes, Mask<T>) != Mask<T>{};
+MPKERNELS_INLINE LaneMask<T> truths(const uint8_t* from, int64_t count) {
+  alignas(16) uint8_t bytes[16] = {};
+  std::memcpy(bytes, from, static_cast<size_t>(count < lanes<T> ? count : lanes<T>));
+#if defined(__AVX512F__)
+  const __m128i all = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes));
+  return static_cast<LaneMask<T>>(_mm_test_epi8_mask(all, all));
+#elif defined(__AVX2__)
+  const __m128i all = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes));
+  const __m256i wide = sizeof(T) == 4 ? _mm256_cvtepu8_epi32(all) : _mm256_cvtepu8_epi64(all);
+  return reinterpret_cast<Mask<T>>(wide) != Mask<T>{};
+#else
+  Mask<T> mask;
+  for (int i = 0; i < lanes<T>; ++i) mask[i] = bytes[i] != 0 ? -1 : 0;
+  return mask;
+#endif
 }
 
 template <typename T>
@@ -82,7 +89,7 @@ struct ForwardRun {
 
 // Writes y, and returns the sum of +-l (- for the inverse).
 template <typename T, int scale, bool inverse>
-double forward_run(const ForwardRun<T>& run, int64_t n, const Settings<T>& settings) {
+double forward_run(const ForwardRun<T> run, int64_t n, const Settings<T>& settings) {
   using V = Vector<T>;
   constexpr int64_t L = lanes<T>;
   const T clamp = settings.clamp, epsilon = settings.epsilon;
@@ -95,9 +102,9 @@ double forward_run(const ForwardRun<T>& run, int64_t n, const Settings<T>& setti
     V y = transformed<inverse, V>(x, shift, s.factor, shift_before);
     V l = inverse ? -s.log_scale : s.log_scale;
     if (run.kept != nullptr) {
-      const Mask<T> kept = truths<T>(run.kept + i, count);
-      y = select<T>(kept, x, y);
-      l = select<T>(kept, V{}, l);
+      const LaneMask<T> kept = truths<T>(run.kept + i, count);
+      y = choose<T>(kept, x, y);
+      l = choose<T>(kept, V{}, l);
     }
     write<T>(streamed, run.y + i, y, count);
     if constexpr (scale != scale_additive) {
@@ -126,7 +133,7 @@ struct BackwardRun {
 };
 
 template <typename T, int scale, bool inverse>
-void backward_run(const BackwardRun<T>& run, int64_t n, const Settings<T>& settings) {
+void backward_run(const BackwardRun<T> run, int64_t n, const Settings<T>& settings) {
   using V = Vector<T>;
   const T clamp = settings.clamp, epsilon = settings.epsilon;
   const bool shift_before = settings.shift_before, streamed = settings.streamed;
@@ -139,8 +146,8 @@ void backward_run(const BackwardRun<T>& run, int64_t n, const Settings<T>& setti
     const auto s = scaled<scale, inverse, false, true, V>(raw, clamp, epsilon);
     auto found = gradients<inverse, V>(g, of_log, x, shift, s, shift_before);
     if (run.kept != nullptr) {
-      const Mask<T> kept = truths<T>(run.kept + i, count);
-      found = {select<T>(kept, g, found.x), select<T>(kept, V{}, found.raw), select<T>(kept, V{}, found.shift)};
+      const LaneMask<T> kept = truths<T>(run.kept + i, count);
+      found = {choose<T>(kept, g, found.x), choose<T>(kept, V{}, found.raw), choose<T>(kept, V{}, found.shift)};
     }
     if (run.of_x != nullptr) write<T>(streamed, run.of_x + i, found.x, count);
     if (run.of_raw != nullptr) write<T>(streamed, run.of_raw + i, found.raw, count);

@@ -32,6 +32,23 @@ constexpr int64_t blocks(int64_t size, int64_t block) {
   return (size + block - 1) / block;
 }
 
+// `multiply`, with the last vectors of a row in one tile: 48 channels are 3 vectors with AVX-512, which one by one
+// would leave half of the arithmetic waiting for loads.
+template <typename T>
+void multiply_rows(const Left<T>& a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t rows, int64_t vectors,
+                   int64_t depth, bool accumulate) {
+  const int64_t whole = vectors / tile_vectors * tile_vectors, at = whole * lanes<T>;
+  multiply<T>(a, b, b_row, c, c_row, rows, whole, depth, accumulate);
+  switch (vectors - whole) {
+    case 3:
+      return multiply_columns<3>(a, b + at, b_row, c + at, c_row, rows, depth, accumulate);
+    case 2:
+      return multiply_columns<2>(a, b + at, b_row, c + at, c_row, rows, depth, accumulate);
+    case 1:
+      return multiply_columns<1>(a, b + at, b_row, c + at, c_row, rows, depth, accumulate);
+  }
+}
+
 // Columns [first, first + count) of y: left (rows, depth) times `right` (depth, 64), plus offset (rows,) or nothing.
 // `work` holds (rows, 64).
 template <typename S, typename T = Compute<S>>
@@ -39,8 +56,8 @@ void product(const Left<T>& left, const T* right, int64_t rows, int64_t depth, c
              int64_t first, int64_t count, T* work) {
   T* to = work;
   int64_t row = panel;
-  const bool in_place = std::is_same_v<S, T> && y.position_stride == 1 && y.run(first) >= count &&
-                        count % lanes<T> == 0;
+  const bool in_place =
+      std::is_same_v<S, T> && y.position_stride == 1 && y.run(first) >= count && count % lanes<T> == 0;
   if constexpr (std::is_same_v<S, T>) {
     if (in_place) {
       to = y.at(first);
@@ -52,7 +69,7 @@ void product(const Left<T>& left, const T* right, int64_t rows, int64_t depth, c
     const Vector<T> start = broadcast<T>(offset[m]);
     for (int64_t v = 0; v < vectors; ++v) store<T>(to + m * row + v * lanes<T>, start);
   }
-  multiply<T>(left, right, panel, to, row, rows, vectors, depth, offset != nullptr);
+  multiply_rows<T>(left, right, panel, to, row, rows, vectors, depth, offset != nullptr);
   if (!in_place) unpack<S>(work, rows, first, count, y);
 }
 
@@ -131,11 +148,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
         for (int64_t n = piece * panels * panel; n < stop; n += panel) {
           const int64_t count = std::min(panel, columns - n);
           pack<S>(gradient, outputs, n, count, packed);
-          if (needs_x) product<S>(transposed, packed, inputs, outputs, static_cast<const T*>(nullptr), to, n, count, work);
+          if (needs_x)
+            product<S>(transposed, packed, inputs, outputs, static_cast<const T*>(nullptr), to, n, count, work);
           if (needs_weight) {
             pack_transposed<S>(from, inputs, n, count, right, size.row, work);
-            multiply<T>(Left<T>{packed, panel, 1}, right, size.row, of_piece, size.row, outputs, size.row / L, panel,
-                        n > piece * panels * panel);
+            multiply_rows<T>(Left<T>{packed, panel, 1}, right, size.row, of_piece, size.row, outputs, size.row / L,
+                             panel, n > piece * panels * panel);
           }
           for (int64_t o = 0; needs_bias && o < outputs; ++o) {
             Vector<T> total = load_raw(totals + o * L);

@@ -104,9 +104,8 @@ void pack_transposed(const Columns<const S>& x, int64_t channels, int64_t first,
     });
   } else {
     pack<S>(x, channels, first, count, work);
-    transpose_into<T>(to, row, channels, panel, [&](int64_t c, int64_t j, int64_t) {
-      return load_raw(work + c * panel + j);
-    });
+    transpose_into<T>(to, row, channels, panel,
+                      [&](int64_t c, int64_t j, int64_t) { return load_raw(work + c * panel + j); });
   }
 }
 

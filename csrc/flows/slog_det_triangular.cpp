@@ -1,6 +1,7 @@
 // Sign and log |det| of triangular matrices on the CPU, from their diagonals (N, n) of any strides.
 //
-//   sign[m] = prod_i sign(d_i),   log_abs_det[m] = sum_i log |d_i| = ln 2 sum_i e_i + log prod_i m_i,  |d_i| = m_i 2^e_i
+//   sign[m] = prod_i sign(d_i),   log_abs_det[m] = sum_i log |d_i| = ln 2 sum_i e_i + log prod_i m_i,  |d_i| = m_i
+//   2^e_i
 //
 // with 1 <= m_i < 2, in float64: exponents are added as integers and the significands' product is split again before it
 // overflows, so that a matrix costs one logarithm, and digits are lost neither to a sum of large logarithms nor to the

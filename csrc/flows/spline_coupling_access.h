@@ -109,10 +109,11 @@ struct ParameterView {
     } else if (of_p == 1) {
       const S* elements[lanes<T>];
       if (view.linear) {
-        for (int64_t i = 0; i < lanes<T>; ++i) elements[i] = first + std::min(i, at.count - 1) * view.of_s;
+        for (int64_t i = 0; i < lanes<T>; ++i) elements[i] = first + i * view.of_s;
+        for (int64_t i = at.count; i < lanes<T>; ++i) elements[i] = first;
       } else {
         at.each([&](int64_t i, int64_t b, int64_t c, int64_t s) { elements[i] = view.data + view.offset(b, c, s); });
-        for (int64_t i = at.count; i < lanes<T>; ++i) elements[i] = elements[at.count - 1];
+        for (int64_t i = at.count; i < lanes<T>; ++i) elements[i] = first;
       }
       transpose_into<T>(space, lanes<T>, lanes<T>, number,
                         [&](int64_t i, int64_t p, int64_t count) { return load_first<S>(elements[i] + p, count); });

@@ -41,19 +41,31 @@ struct Numbers {
   int64_t parameters() const { return 3 * bins - 1; }
 };
 
-// Lanes half * lanes<double> and up of numbers in memory, as doubles; and the way back.
+// Lanes half * lanes<double> and up of numbers in memory, as doubles; and the way back. (GCC 12 converts half a
+// register at a time where it is asked for a whole one.)
 template <typename T>
 MPKERNELS_INLINE Double widen(const T* from, int half) {
+  from += half * lanes<double>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return reinterpret_cast<Double>(_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(from)));
+#endif
   typedef T Part __attribute__((vector_size(sizeof(T) * lanes<double>)));
   Part part;
-  std::memcpy(&part, from + half * lanes<double>, sizeof(part));
+  std::memcpy(&part, from, sizeof(part));
   return __builtin_convertvector(part, Double);
 }
 template <typename T>
 MPKERNELS_INLINE void narrow(Double x, int half, T* to) {
+  to += half * lanes<double>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm256_storeu_ps(to, _mm512_maskz_cvtpd_ps(0xFF, reinterpret_cast<__m512d>(x)));
+    return;
+  }
+#endif
   typedef T Part __attribute__((vector_size(sizeof(T) * lanes<double>)));
   const Part part = __builtin_convertvector(x, Part);
-  std::memcpy(to + half * lanes<double>, &part, sizeof(part));
+  std::memcpy(to, &part, sizeof(part));
 }
 
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|), where log1p(u) = 2 artanh(u / (2 + u)) by its series: the argument is at

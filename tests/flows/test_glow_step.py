@@ -2,6 +2,7 @@
 
 import doctest
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def problem(*shape, dtype=torch.float64, parts=False, parity=0, parameters=2):
+def problem(*shape, dtype=torch.float64, parts=False, parity=0, parameters=2) -> Any:
     """x, bias, log_scale, a weight and the weight of the network, a 1x1 convolution with tanh behind it."""
     channels = shape[1]
     first = (channels + 1) // 2
@@ -71,7 +72,7 @@ class GlowStepProperties:
     def run(self, x, bias, log_scale, weight, of_weight, **settings):
         return glow_step(x, bias, log_scale, weight, of_network(of_weight), backend=self.backend, **settings)
 
-    def moved(self, tensors):
+    def moved(self, tensors) -> Any:
         return [PLU(*(p.to(self.device) for p in t)) if isinstance(t, PLU) else t.to(self.device) for t in tensors]
 
     @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import doctest
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -152,12 +153,13 @@ def test_examples():
 def test_decomposition():
     weight = normal(8, 8, dtype=torch.float64)
     parts = plu_decompose(weight)
-    whole, log_abs_det = matrix.of_weight(parts, False)
+    whole, log_abs_det = matrix.of_weight(parts, torch.float64, False)
     torch.testing.assert_close(whole, weight)
     torch.testing.assert_close(log_abs_det, torch.linalg.slogdet(weight).logabsdet)
-    torch.testing.assert_close(matrix.of_weight(parts, True)[0], torch.linalg.inv(weight))
+    torch.testing.assert_close(matrix.of_weight(parts, torch.float64, True)[0], torch.linalg.inv(weight))
     assert plu_decompose(torch.empty(0, 0)).permutation.shape == (0,)
-    for bad, error in (([[1.0]], TypeError), (torch.zeros(2, 3), ValueError), (torch.eye(2).int(), TypeError)):
+    refused: Any = (([[1.0]], TypeError), (torch.zeros(2, 3), ValueError), (torch.eye(2).int(), TypeError))
+    for bad, error in refused:
         with pytest.raises(error, match="weight"):
             plu_decompose(bad)
 

@@ -63,14 +63,14 @@ def actnorm(
     checks.floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: expected shape (B, C, ...), got {tuple(x.shape)}")
-    parameters = [parameter(name, value, x) for name, value in (("bias", bias), ("log_scale", log_scale))]
+    bias, log_scale = parameter("bias", bias, x), parameter("log_scale", log_scale, x)
     shape = x.shape
     x = x.reshape(*shape[:2], math.prod(shape[2:]))
     chosen = backends.choose(schema.FORWARD, x.device.type, backend)
     if chosen == "reference":
-        y, log_abs_det = reference.actnorm(x, *parameters, bool(shift_first), bool(inverse))
+        y, log_abs_det = reference.actnorm(x, bias, log_scale, bool(shift_first), bool(inverse))
     else:
-        y, log_abs_det = autograd.run(x, *parameters, bool(shift_first), bool(inverse), backend=chosen)
+        y, log_abs_det = autograd.run(x, bias, log_scale, bool(shift_first), bool(inverse), backend=chosen)
     return y.reshape(shape), log_abs_det
 
 

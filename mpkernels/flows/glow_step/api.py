@@ -99,19 +99,14 @@ def glow_step(
         order = None if scale == "additive" else layout
         return affine_coupling(x, *pair, scale=scale, layout=order, parity=parity, **settings, backend=chosen)
 
-    matrix, log_abs_det = of_weight(weight, inverse)
-    exponent = log_scale.to(torch.float64)
-    constant = (log_abs_det + exponent.sum()) * (-positions if inverse else positions)
+    matrix, log_abs_det = of_weight(weight, wide, inverse)
+    constant = (log_abs_det + log_scale.sum(dtype=torch.float64)) * (-positions if inverse else positions)
     if inverse:
-        matrix = torch.exp(-exponent)[:, None] * matrix
-        offset = -bias
         z, of_coupling = couple(x)
-        y = mix(z, matrix.to(wide), offset, product)
+        y = mix(z, torch.exp(-log_scale)[:, None] * matrix, -bias, product)
     else:
-        matrix = matrix * torch.exp(exponent)
-        offset = (matrix @ bias.to(torch.float64)).to(wide)
-        z = mix(x, matrix.to(wide), offset, product)
-        y, of_coupling = couple(z)
+        matrix = matrix * torch.exp(log_scale)
+        y, of_coupling = couple(mix(x, matrix, torch.mv(matrix, bias), product))
     return y, of_coupling + constant.to(wide)
 
 

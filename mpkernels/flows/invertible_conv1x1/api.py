@@ -26,8 +26,8 @@ def invertible_conv1x1(
 
     where S is the number of positions (section 3.2). With a matrix, log |det W| comes from an LU decomposition; with
     its parts, W = P L (U + diag(sign e^log_scale)) (eq. 11), it is sum log_scale. ``inverse`` takes y back to x, with
-    the negative log-determinant, by a product with the inverse matrix. Matrices, inverses and determinants are
-    computed in float64. The round trip ends within about C roundings times the condition number of W. Gradients of any
+    the negative log-determinant, by a product with the inverse matrix. Inverses and determinants are computed in
+    float64. The round trip ends within about C roundings times the condition number of W. Gradients of any
     order to x, the weight (or lower, upper and log_scale) and bias, the same bits in every run.
 
     Args:
@@ -67,11 +67,11 @@ def invertible_conv1x1(
     if bias is not None:
         _check("bias", bias, x, (x.shape[1],))
     positions = math.prod(x.shape[2:])
-    matrix, log_abs_det = of_weight(weight, inverse)
+    matrix, log_abs_det = of_weight(weight, wide, inverse)
     if bias is not None:
-        offset = bias.to(torch.float64)
-        bias = (-(matrix @ offset) if inverse else offset).to(wide)
-    y = mix(x, matrix.to(wide), bias, backend)
+        bias = bias.to(wide)
+        bias = -(matrix @ bias) if inverse else bias
+    y = mix(x, matrix, bias, backend)
     return y, (log_abs_det * (-positions if inverse else positions)).to(wide).expand(x.shape[0])
 
 

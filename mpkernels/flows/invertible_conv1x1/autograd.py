@@ -65,7 +65,8 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         needed = ctx.needs_input_grad[:3]
-        found = _gradients(*gradients, *ctx.saved_tensors, needed, ctx.backend)
+        (grad,), (x, weight) = gradients, ctx.saved_tensors
+        found = _gradients(grad, x, weight, needed, ctx.backend)
         return *(g if need else None for g, need in zip(found, needed, strict=True)), None
 
     @staticmethod

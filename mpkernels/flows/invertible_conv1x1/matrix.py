@@ -1,7 +1,7 @@
-"""The C x C algebra of the invertible 1x1 convolution: matrices, their inverses and determinants, in float64.
+"""The C x C algebra of the invertible 1x1 convolution: matrices, their inverses and determinants.
 
-It costs O(C^3) a call, whatever the number of positions; float64 keeps the product with the matrix and the product with
-its inverse each other's inverses up to one rounding of either.
+It costs O(C^3) a call, whatever the number of positions. Inverses and determinants are computed in float64, so that a
+round trip loses what the two products round.
 """
 
 from __future__ import annotations
@@ -66,31 +66,33 @@ def plu_decompose(weight: Tensor) -> PLU:
         )
 
 
-def of_weight(weight: Tensor | PLU, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(W or its inverse, log |det W|), both in float64 and differentiable."""
-    return _of_parts(weight, inverse) if isinstance(weight, PLU) else _of_matrix(weight, inverse)
+def of_weight(weight: Tensor | PLU, wide: torch.dtype, inverse: bool) -> tuple[Tensor, Tensor]:
+    """(W or its inverse in the dtype ``wide``, log |det W| in float64), differentiable."""
+    return _of_parts(weight, wide, inverse) if isinstance(weight, PLU) else _of_matrix(weight, wide, inverse)
 
 
-def _of_matrix(weight: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    wide = weight.to(torch.float64)
-    log_abs_det = torch.linalg.slogdet(wide).logabsdet
+def _of_matrix(weight: Tensor, wide: torch.dtype, inverse: bool) -> tuple[Tensor, Tensor]:
+    matrix = weight.to(torch.float64)
+    log_abs_det = torch.linalg.slogdet(matrix).logabsdet
     if not inverse:
-        return wide, log_abs_det
+        return weight.to(wide), log_abs_det
     _refuse_singular(log_abs_det)
-    return torch.linalg.inv_ex(wide).inverse, log_abs_det  # (inv_ex waits for no GPU)
+    return torch.linalg.inv_ex(matrix).inverse.to(wide), log_abs_det  # (inv_ex waits for no GPU)
 
 
-def _of_parts(parts: PLU, inverse: bool) -> tuple[Tensor, Tensor]:
-    log_scale = parts.log_scale.to(torch.float64)
-    log_abs_det = log_scale.sum()
-    lower = parts.lower.to(torch.float64).tril(-1)
-    upper = parts.upper.to(torch.float64).triu(1) + torch.diag(parts.sign.detach() * log_scale.exp())
+def _of_parts(parts: PLU, wide: torch.dtype, inverse: bool) -> tuple[Tensor, Tensor]:
+    log_abs_det = parts.log_scale.sum(dtype=torch.float64)
+    computed = torch.float64 if inverse else wide
+    lower = parts.lower.to(computed).tril(-1)
+    diagonal = parts.sign.detach().to(computed) * parts.log_scale.to(computed).exp()
+    upper = parts.upper.to(computed).triu(1) + diagonal.diag()
     if not inverse:
         return torch.addmm(upper, lower, upper).index_select(0, parts.permutation), log_abs_det
     _refuse_singular(log_abs_det)
-    identity = torch.eye(lower.shape[0], dtype=torch.float64, device=lower.device)
+    identity = torch.eye(lower.shape[0], dtype=computed, device=lower.device)
     solved = torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
-    return torch.linalg.solve_triangular(upper, solved, upper=True).index_select(1, parts.permutation), log_abs_det
+    solved = torch.linalg.solve_triangular(upper, solved, upper=True)
+    return solved.to(wide).index_select(1, parts.permutation), log_abs_det
 
 
 def _refuse_singular(log_abs_det: Tensor) -> None:

@@ -41,9 +41,9 @@ def ring(number=128):
     return torch.stack([2 * x[:, 0], x[:, 0] ** 2 + 0.3 * x[:, 1], 0.5 * x[:, 2] - 1, x[:, 3] + x[:, 0]], 1)
 
 
-def training(loss, parameters, number=25):
+def training(loss, parameters, number=15):
     """The loss before and after some steps of training."""
-    optimizer = torch.optim.Adam(parameters, 0.02)
+    optimizer = torch.optim.Adam(parameters, 0.03)
     losses = []
     for _ in range(number):
         optimizer.zero_grad()

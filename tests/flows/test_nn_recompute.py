@@ -187,9 +187,12 @@ def test_a_network_runs_twice():
         gradients(chain, seeded(2, 4, 3, 3))
         for network in networks:  # without gradients, with them, and where the drift is measured once more without
             assert network.runs == [False, True, False][: 3 if measured else 2]
+    passes = chain._forward_plan.passes
     with torch.no_grad():
         chain(seeded(2, 4, 3, 3))
-    assert all(network.runs[2:] == [False] for network in networks)
+    chain.requires_grad_(False)(seeded(2, 4, 3, 3))
+    assert all(len(network.runs) == 4 for network in networks)
+    assert chain._forward_plan.passes == passes  # those without gradients do not count
 
 
 def test_dropout_is_the_same_in_backward():
@@ -298,8 +301,14 @@ def test_autocast_is_that_of_forward():
     torch.manual_seed(0)
     stored = nn.Sequential(*[nn.AffineCoupling(Network(2, 4), parity=i % 2) for i in range(3)])
     chain = nn.Sequential(*copy.deepcopy(stored).transforms, memory="recompute", checkpoint_every=2)
-    found = []
+    found, dtypes = [], set()
+
+    def record(layer, inputs, outputs):
+        dtypes.add(outputs.dtype)
+
     for flow in (stored, chain):
+        for layer in [m for m in flow.modules() if isinstance(m, torch.nn.Conv2d)]:
+            layer.register_forward_hook(record)
         x = seeded(2, 4, 3, 3).requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y, log_abs_det = flow(x)
@@ -308,6 +317,7 @@ def test_autocast_is_that_of_forward():
     for got, wanted in zip(found[1], found[0], strict=True):
         assert (got - wanted).abs().max() <= 0.02 * wanted.abs().max()
     torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=0)
+    assert dtypes == {torch.bfloat16}
 
 
 def test_refused():

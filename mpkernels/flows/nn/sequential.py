@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from mpkernels.autograd import forward_mode
 from mpkernels.flows.nn import recompute
@@ -34,6 +35,8 @@ class Sequential(Transform):
 
     - the state is float32 or float64: bfloat16 and float16 inputs are converted to float32, and so are the outputs (in
       a half type, what is rebuilt is unusable after a few steps). Networks may compute in a half type, by autocast.
+    - gradients are those at the rebuilt states, so where an activation has a kink (ReLU), an element within the drift
+      of it may fall on the other side.
     - random numbers that a network draws (dropout) are drawn again. Batch normalization in training is refused: a
       second run would change its running statistics again.
     - the context, a tensor or any nest of tuples, lists and dictionaries of tensors, gets its gradients.
@@ -108,7 +111,7 @@ class Sequential(Transform):
         if self.memory == "recompute":
             if inputs.dtype in (torch.bfloat16, torch.float16):
                 inputs = inputs.float()
-            if len(self) and not torch._C._are_functorch_transforms_active() and not forward_mode():
+            if len(self) and self._recorded(inputs, context):
                 plan = self._inverse_plan if inverse else self._forward_plan
                 steps = list(_steps(self, inverse))
                 return recompute.chain(steps, plan, inputs, context)  # pyright: ignore[reportCallIssue]
@@ -118,6 +121,13 @@ class Sequential(Transform):
             inputs, log_abs_det = run(transform, inputs, context, inverse)
             total = total + log_abs_det
         return inputs, total
+
+    def _recorded(self, inputs: Tensor, context: Any) -> bool:
+        """Whether backward may follow, so that there is something to rebuild."""
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_mode():
+            return False
+        tensors = (x for x in pytree.tree_leaves(context) if isinstance(x, Tensor))
+        return inputs.requires_grad or any(x.requires_grad for x in (*self.parameters(), *tensors))
 
 
 def _steps(transform: nn.Module, inverse: bool) -> Iterable[Step]:

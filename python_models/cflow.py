@@ -6,10 +6,11 @@ Two flows of the same shape. Flow A has the density of the upper halves of digit
 looks at A: the network of B's k-th coupling sees, besides what the coupling keeps, what A has made of the upper half by
 its k-th step,
 
-    a_k = A_k(a_k-1),   a_0 = upper half
+    a_k = A_k(a_k-1),   a_0 = upper half, upside down
     b_k = B_k(b_k-1; a_k),   b_0 = lower half,   log p(lower | upper) = log N(b_K; 0, 1) + sum_k log|det dB_k|
 
-so that B reads a representation of the condition that grows coarser and more regular as its own does. Both learn
+so that B reads a representation of the condition that grows coarser and more regular as its own does. (Upside down,
+the rows at the cut are the first of both halves: a stroke that goes on is where convolutions see it.) Both learn
 together: the loss is -log p(lower | upper) - weight log p(upper), and gradients of B's likelihood go through A, too.
 For a sample, A is run on the upper half; then B from the end, as each a_k is known.
 
@@ -51,6 +52,7 @@ from python_models.transformer_training import Progress
 PAPERS = "C-Flow's figures are of segmentation and of point clouds from images"
 SHIFT = 0.5  # share of training digits that are moved by a pixel
 WEIGHT = 0.3  # of flow A's own likelihood in the loss
+EPSILON = 0.05  # added to the sigmoid of scales: the way back enlarges nothing by more than 20 in a step
 ROWS = 10  # of completions that are shown
 COMPLETIONS = "completions.png"
 
@@ -62,7 +64,7 @@ class Config:
     height: int = SIDE // 2  # of a half
     width: int = SIDE
     depth: int = 8
-    hidden: int = 48  # channels of the networks
+    hidden: int = 32  # channels of the networks
 
 
 def first_layers(config: Config) -> Sequential:
@@ -85,14 +87,14 @@ class FlowOfFlow(nn.Module):
 
         def steps(context: int) -> list[GlowStep]:
             networks = [ConvNet(2, 4, config.hidden, context=context) for _ in range(config.depth)]
-            return [GlowStep(channels, network, epsilon=1e-2) for network in networks]
+            return [GlowStep(channels, network, epsilon=EPSILON) for network in networks]
 
         self.flow_a = nn.ModuleList([first_layers(config), *steps(0)]) if told else nn.ModuleList()
         self.flow_b = nn.ModuleList([first_layers(config), *steps(channels if told else 0)])
 
     def upper(self, upper: Tensor) -> tuple[list[Tensor], Tensor]:
         """What flow A makes of upper halves (B, 1, H, W), step by step, and log p of them (B,)."""
-        h, total, found = upper, upper.new_zeros(len(upper)), []
+        h, total, found = upper.flip(2), upper.new_zeros(len(upper)), []
         for layer in self.flow_a:
             h, log_abs_det = layer(h)
             total = total + log_abs_det
@@ -214,7 +216,7 @@ def fit(
     *,
     minutes: float | None = None,
     steps: int | None = None,
-    batch: int = 50,
+    batch: int = 32,
     learning_rate: float = 5e-3,
     samples: int = 8,
     temperature: float = 0.8,

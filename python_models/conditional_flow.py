@@ -49,6 +49,7 @@ from python_models.transformer_training import Progress
 PAPERS = "bits per dimension on MNIST, 50,000 digits: NICE 4.36; RealNVP 1.06, Glow 1.05 (padded to 32x32)"
 CLASSES = 10
 SHIFT = 0.5  # share of training digits that are moved by a pixel
+EPSILON = 0.05  # added to the sigmoid of scales: the way back enlarges nothing by more than 20 in a step
 SAMPLES, STYLES = "samples.png", "styles.png"
 UNTOLD = "the same flow, not told the class"
 
@@ -61,7 +62,7 @@ class Config:
     classes: int = CLASSES
     levels: int = 2  # each halves the sides, and all but the last put half of the channels aside
     depth: int = 6
-    hidden: int = 48  # channels of the networks
+    hidden: int = 32  # channels of the networks
 
 
 class Constant(nn.Module):
@@ -93,7 +94,7 @@ class ConditionalFlow(nn.Module):
             channels *= 4
             kept, moved = (channels + 1) // 2, channels // 2
             networks = [ConvNet(kept, 2 * moved, config.hidden, context=context) for _ in range(config.depth)]
-            steps = [GlowStep(channels, network, epsilon=1e-3) for network in networks]
+            steps = [GlowStep(channels, network, epsilon=EPSILON) for network in networks]
             levels.append(Sequential(Squeeze(), *steps))
             channels //= 2
         shape = (1, config.side, config.side)
@@ -194,7 +195,7 @@ def fit(
     *,
     minutes: float | None = None,
     steps: int | None = None,
-    batch: int = 50,
+    batch: int = 32,
     learning_rate: float = 5e-3,
     samples: int = 10,
     temperature: float = 0.8,

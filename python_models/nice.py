@@ -136,7 +136,7 @@ def fit(
     dropout: float = 0.1,
     prior: str = "logistic",
     batch: int = 100,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 2e-3,
     backend: str | None = None,
     seed: int = 0,
     output: pathlib.Path | None,
@@ -210,7 +210,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropout", type=float, help="share of hidden units left out in training (0.1)")
     parser.add_argument("--prior", choices=PRIORS, help="of the components of z (logistic)")
     parser.add_argument("--batch", type=int, help="digits in a step (100)")
-    parser.add_argument("--learning-rate", type=float, help="of AdamW (0.001)")
+    parser.add_argument("--learning-rate", type=float, help="of AdamW (0.002)")
     parser.add_argument("--samples", type=int, help="digits to draw (50)")
 
 

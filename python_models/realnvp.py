@@ -150,7 +150,7 @@ def fit(
     blocks: int = 1,
     memory: str = "store",
     batch: int = 16,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 3e-3,
     backend: str | None = None,
     seed: int = 0,
     output: pathlib.Path | None,
@@ -229,7 +229,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, help="residual blocks of a coupling's network (1)")
     parser.add_argument("--memory", choices=MEMORY, help="of activations: keep them, or rebuild them (store)")
     parser.add_argument("--batch", type=int, help="pictures in a step (16)")
-    parser.add_argument("--learning-rate", type=float, help="of AdamW (0.002)")
+    parser.add_argument("--learning-rate", type=float, help="of AdamW (0.003)")
     parser.add_argument("--samples", type=int, help="pictures to draw (40)")
 
 

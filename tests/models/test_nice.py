@@ -21,12 +21,18 @@ def test_couplings_change_no_volume():
     assert not torch.allclose(z, model.flow.transform[1](x.flatten(1))[0])
 
 
-def test_even_and_odd_places_take_turns():
-    model = small(couplings=1)
-    torch.nn.init.normal_(model.flow.transform[3].network.last.weight)
+@pytest.mark.parametrize("couplings", [1, 2])
+def test_even_and_odd_places_take_turns(couplings):
+    """The first coupling moves the odd places, the second the even ones; then everything is scaled."""
+    model = small(couplings=couplings)
+    for i in range(couplings):
+        torch.nn.init.normal_(model.flow.transform[3 + i].network.last.weight)
+    with torch.no_grad():
+        model.flow.transform[3 + couplings].log_scale.fill_(torch.tensor(2.0).log())
     x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    moved = (model.latent(x) - 4 * x.flatten(1)[:, [*range(0, 16, 2), *range(1, 16, 2)]])[0] != 0
-    assert moved.tolist() == [False] * 8 + [True] * 8
+    still = 8 * x.flatten(1)[:, [*range(0, 16, 2), *range(1, 16, 2)]]
+    moved = ((model.latent(x) - still).abs() > 1e-4)[0]
+    assert moved.tolist() == [couplings == 2] * 8 + [True] * 8
 
 
 def test_places_of_levels():

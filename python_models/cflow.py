@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from mpkernels.flows.nn import ActNorm, GlowStep, Sequential, Squeeze
-from python_models.conditional_training import Logit, Places, check, configure, dtype_of, run
+from python_models.conditional_training import SCALE, Bounded, Logit, Places, check, configure, dtype_of, run
 from python_models.digit_training import moved_batches
 from python_models.digits import SIDE, Digits, load_digits
 from python_models.flow_networks import ConvNet
@@ -52,7 +52,6 @@ from python_models.transformer_training import Progress
 PAPERS = "C-Flow's figures are of segmentation and of point clouds from images"
 SHIFT = 0.5  # share of training digits that are moved by a pixel
 WEIGHT = 0.3  # of flow A's own likelihood in the loss
-EPSILON = 0.05  # added to the sigmoid of scales: the way back enlarges nothing by more than 20 in a step
 ROWS = 10  # of completions that are shown
 COMPLETIONS = "completions.png"
 
@@ -86,8 +85,8 @@ class FlowOfFlow(nn.Module):
         channels = 4
 
         def steps(context: int) -> list[GlowStep]:
-            networks = [ConvNet(2, 4, config.hidden, context=context) for _ in range(config.depth)]
-            return [GlowStep(channels, network, epsilon=EPSILON) for network in networks]
+            networks = [Bounded(ConvNet(2, 4, config.hidden, context=context)) for _ in range(config.depth)]
+            return [GlowStep(channels, network, **SCALE) for network in networks]
 
         self.flow_a = nn.ModuleList([first_layers(config), *steps(0)]) if told else nn.ModuleList()
         self.flow_b = nn.ModuleList([first_layers(config), *steps(channels if told else 0)])

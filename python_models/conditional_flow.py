@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpkernels.flows.nn import ActNorm, AffineInjector, Flow, GlowStep, MultiScale, Sequential, Squeeze
-from python_models.conditional_training import Beside, Logit, Places, check, configure, dtype_of, run
+from python_models.conditional_training import SCALE, Beside, Bounded, Logit, Places, check, configure, dtype_of, run
 from python_models.digit_training import moved_batches
 from python_models.digits import SIDE, Digits, load_digits, load_labels
 from python_models.flow_networks import ConvNet
@@ -49,7 +49,6 @@ from python_models.transformer_training import Progress
 PAPERS = "bits per dimension on MNIST, 50,000 digits: NICE 4.36; RealNVP 1.06, Glow 1.05 (padded to 32x32)"
 CLASSES = 10
 SHIFT = 0.5  # share of training digits that are moved by a pixel
-EPSILON = 0.05  # added to the sigmoid of scales: the way back enlarges nothing by more than 20 in a step
 SAMPLES, STYLES = "samples.png", "styles.png"
 UNTOLD = "the same flow, not told the class"
 
@@ -94,7 +93,7 @@ class ConditionalFlow(nn.Module):
             channels *= 4
             kept, moved = (channels + 1) // 2, channels // 2
             networks = [ConvNet(kept, 2 * moved, config.hidden, context=context) for _ in range(config.depth)]
-            steps = [GlowStep(channels, network, epsilon=EPSILON) for network in networks]
+            steps = [GlowStep(channels, Bounded(network), **SCALE) for network in networks]
             levels.append(Sequential(Squeeze(), *steps))
             channels //= 2
         shape = (1, config.side, config.side)

@@ -6,10 +6,11 @@ Two flows of the same shape. Flow A has the density of the upper halves of digit
 looks at A: the network of B's k-th coupling sees, besides what the coupling keeps, what A has made of the upper half by
 its k-th step,
 
-    a_k = A_k(a_k-1),   a_0 = upper half
+    a_k = A_k(a_k-1),   a_0 = upper half, upside down
     b_k = B_k(b_k-1; a_k),   b_0 = lower half,   log p(lower | upper) = log N(b_K; 0, 1) + sum_k log|det dB_k|
 
-so that B reads a representation of the condition that grows coarser and more regular as its own does. Both learn
+so that B reads a representation of the condition that grows coarser and more regular as its own does. (Upside down,
+the rows at the cut are the first of both halves: a stroke that goes on is where convolutions see it.) Both learn
 together: the loss is -log p(lower | upper) - weight log p(upper), and gradients of B's likelihood go through A, too.
 For a sample, A is run on the upper half; then B from the end, as each a_k is known.
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from mpkernels.flows.nn import ActNorm, GlowStep, Sequential, Squeeze
-from python_models.conditional_training import Logit, Places, check, configure, dtype_of, run
+from python_models.conditional_training import SCALE, Bounded, Logit, Places, check, configure, dtype_of, run
 from python_models.digit_training import moved_batches
 from python_models.digits import SIDE, Digits, load_digits
 from python_models.flow_networks import ConvNet
@@ -62,7 +63,7 @@ class Config:
     height: int = SIDE // 2  # of a half
     width: int = SIDE
     depth: int = 8
-    hidden: int = 48  # channels of the networks
+    hidden: int = 32  # channels of the networks
 
 
 def first_layers(config: Config) -> Sequential:
@@ -84,15 +85,15 @@ class FlowOfFlow(nn.Module):
         channels = 4
 
         def steps(context: int) -> list[GlowStep]:
-            networks = [ConvNet(2, 4, config.hidden, context=context) for _ in range(config.depth)]
-            return [GlowStep(channels, network, epsilon=1e-2) for network in networks]
+            networks = [Bounded(ConvNet(2, 4, config.hidden, context=context)) for _ in range(config.depth)]
+            return [GlowStep(channels, network, **SCALE) for network in networks]
 
         self.flow_a = nn.ModuleList([first_layers(config), *steps(0)]) if told else nn.ModuleList()
         self.flow_b = nn.ModuleList([first_layers(config), *steps(channels if told else 0)])
 
     def upper(self, upper: Tensor) -> tuple[list[Tensor], Tensor]:
         """What flow A makes of upper halves (B, 1, H, W), step by step, and log p of them (B,)."""
-        h, total, found = upper, upper.new_zeros(len(upper)), []
+        h, total, found = upper.flip(2), upper.new_zeros(len(upper)), []
         for layer in self.flow_a:
             h, log_abs_det = layer(h)
             total = total + log_abs_det
@@ -214,7 +215,7 @@ def fit(
     *,
     minutes: float | None = None,
     steps: int | None = None,
-    batch: int = 50,
+    batch: int = 32,
     learning_rate: float = 5e-3,
     samples: int = 8,
     temperature: float = 0.8,

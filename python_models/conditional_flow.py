@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpkernels.flows.nn import ActNorm, AffineInjector, Flow, GlowStep, MultiScale, Sequential, Squeeze
-from python_models.conditional_training import Beside, Logit, Places, check, configure, dtype_of, run
+from python_models.conditional_training import SCALE, Beside, Bounded, Logit, Places, check, configure, dtype_of, run
 from python_models.digit_training import moved_batches
 from python_models.digits import SIDE, Digits, load_digits, load_labels
 from python_models.flow_networks import ConvNet
@@ -61,7 +61,7 @@ class Config:
     classes: int = CLASSES
     levels: int = 2  # each halves the sides, and all but the last put half of the channels aside
     depth: int = 6
-    hidden: int = 48  # channels of the networks
+    hidden: int = 32  # channels of the networks
 
 
 class Constant(nn.Module):
@@ -93,7 +93,7 @@ class ConditionalFlow(nn.Module):
             channels *= 4
             kept, moved = (channels + 1) // 2, channels // 2
             networks = [ConvNet(kept, 2 * moved, config.hidden, context=context) for _ in range(config.depth)]
-            steps = [GlowStep(channels, network, epsilon=1e-3) for network in networks]
+            steps = [GlowStep(channels, Bounded(network), **SCALE) for network in networks]
             levels.append(Sequential(Squeeze(), *steps))
             channels //= 2
         shape = (1, config.side, config.side)
@@ -194,7 +194,7 @@ def fit(
     *,
     minutes: float | None = None,
     steps: int | None = None,
-    batch: int = 50,
+    batch: int = 32,
     learning_rate: float = 5e-3,
     samples: int = 10,
     temperature: float = 0.8,

@@ -22,6 +22,8 @@ from python_models.likelihood_training import check_budget
 
 C = TypeVar("C")
 
+SCALE: dict[str, Any] = {"scale": "softclamp", "clamp": 1.5}  # of couplings: a step's factors are e^-1.5 to e^1.5
+
 
 class Logit(Transform):
     """Values in [-1/2, 1/2) to the whole line, by ln(p / (1 - p)) with p = a + (1 - 2 a) (x + 1/2), as RealNVP does.
@@ -72,6 +74,27 @@ class Places(Transform):
         """The way back, and log|det| of it."""
         outputs, log_abs_det = self.transform.inverse(inputs.flatten(1), context)
         return outputs.view(inputs.shape), log_abs_det
+
+
+class Bounded(nn.Module):
+    """A coupling's network that sees b tanh(x / b) instead of x.
+
+    A ReLU network's shifts grow with its inputs. On the way back from noise, one element far from all data then makes
+    others larger, step by step, until a part of the picture is lost (known of Glow and SRFlow at temperatures near 1).
+    Of bounded inputs everything that the network gives is bounded.
+
+    Args:
+        network: ``network(seen, context)``.
+        bound: b, in standard deviations of what the network is trained on, more or less.
+    """
+
+    def __init__(self, network: nn.Module, bound: float = 4.0) -> None:
+        super().__init__()
+        self.network, self.bound = network, bound
+
+    def forward(self, seen: Tensor, *context: Tensor) -> Tensor:
+        """As the network."""
+        return self.network(self.bound * torch.tanh(seen / self.bound), *context)
 
 
 class Beside(nn.Module):

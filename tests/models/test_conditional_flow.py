@@ -10,7 +10,7 @@ import torch
 from mpkernels.flows import nn as flows
 from python_models import conditional_flow
 from python_models.conditional_flow import ConditionalFlow, Config
-from python_models.conditional_training import Beside, Logit, Places
+from python_models.conditional_training import Beside, Bounded, Logit, Places
 from python_models.flow_training import mean_log_prob
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,6 +76,14 @@ def test_places_have_parameters_of_their_own():
     torch.testing.assert_close(y.std(dim=0, correction=0), torch.ones(1, 2, 3), atol=1e-3, rtol=0)
     torch.testing.assert_close(layer.inverse(y)[0], x)
     torch.testing.assert_close(layer.inverse(y)[1], -log_abs_det)
+
+
+def test_networks_see_bounded_inputs():
+    seen = torch.tensor([-1e6, -0.01, 0.0, 0.01, 1e6])
+    found = Bounded(torch.nn.Identity(), bound=3.0)(seen)
+    torch.testing.assert_close(found, torch.tensor([-3, -0.01, 0, 0.01, 3]), atol=1e-6, rtol=0)
+    told = Bounded(conditional_flow.ConvNet(1, 1, 4, context=2))
+    assert told(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2)).shape == (1, 1, 2, 2)
 
 
 def test_both_flows_learn_and_one_is_judged():
@@ -158,7 +166,7 @@ def test_command_line(monkeypatch, capsys, bars, tmp_path):
     command = ["conditional_flow", "--output", str(tmp_path), "--steps", "2", "--samples", "2", "--batch", "10"]
     monkeypatch.setattr(sys, "argv", [*command, *sizes])
     conditional_flow.main()
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())  # lines are cut anywhere
     for part in ("bits per dimension", "accuracy", "nats not told", "independent pixels of the class", "styles.png"):
         assert part in printed
     monkeypatch.setattr(sys, "argv", [*command, "--depth", "0"])

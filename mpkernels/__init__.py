@@ -1,6 +1,6 @@
 """mpkernels: hand-written kernels for machine perception, with one meaning on CPU, Triton and CUDA."""
 
-from mpkernels import attention, masks, splatting
+from mpkernels import attention, convolution, flows, masks, splatting
 from mpkernels import library as _library
 from mpkernels.backends import BACKENDS, BackendError, use_backend
 from mpkernels.volume import CompositeOutput, composite, composite_from_alphas
@@ -14,6 +14,8 @@ __all__ = [
     "attention",
     "composite",
     "composite_from_alphas",
+    "convolution",
+    "flows",
     "masks",
     "splatting",
     "use_backend",

@@ -44,7 +44,7 @@ DATA = ("photographs", "digits")
 MEMORY = ("store", "recompute")
 PAPERS = {
     "photographs": "bits per dimension on CIFAR-10: NICE 4.48, RealNVP 3.49, Glow 3.35, PixelCNN++ 2.92",
-    "digits": "bits per dimension of MNIST, 50,000 digits: NICE 4.36 (of its 1980.5 nats); Glow 1.05 as listed by FFJORD",
+    "digits": "bits per dimension of MNIST, 50,000 digits: NICE 4.36 (1980.5 nats); Glow 1.05 as listed by FFJORD",
 }
 SIDE = 32  # of a patch of a photograph
 EARLIER = ("pixelcnn/photographs", "realnvp")

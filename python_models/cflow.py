@@ -86,7 +86,7 @@ class FlowOfFlow(nn.Module):
 
         def steps(context: int) -> list[GlowStep]:
             networks = [Bounded(ConvNet(2, 4, config.hidden, context=context)) for _ in range(config.depth)]
-            return [GlowStep(channels, network, **SCALE) for network in networks]
+            return [GlowStep(channels, network, scale=SCALE) for network in networks]
 
         self.flow_a = nn.ModuleList([first_layers(config), *steps(0)]) if told else nn.ModuleList()
         self.flow_b = nn.ModuleList([first_layers(config), *steps(channels if told else 0)])

@@ -93,7 +93,7 @@ class ConditionalFlow(nn.Module):
             channels *= 4
             kept, moved = (channels + 1) // 2, channels // 2
             networks = [ConvNet(kept, 2 * moved, config.hidden, context=context) for _ in range(config.depth)]
-            steps = [GlowStep(channels, Bounded(network), **SCALE) for network in networks]
+            steps = [GlowStep(channels, Bounded(network), scale=SCALE) for network in networks]
             levels.append(Sequential(Squeeze(), *steps))
             channels //= 2
         shape = (1, config.side, config.side)

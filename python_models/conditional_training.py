@@ -22,7 +22,7 @@ from python_models.likelihood_training import check_budget
 
 C = TypeVar("C")
 
-SCALE: dict[str, Any] = {"scale": "softclamp", "clamp": 1.5}  # of couplings: a step's factors are e^-1.5 to e^1.5
+SCALE = "softclamp"  # of couplings: factors of a step are between e^-2 and e^2
 
 
 class Logit(Transform):

@@ -16,7 +16,7 @@ whose shift and scale are made of the features alone, and an affine coupling, wh
 It learns by likelihood alone: no loss of perception, no adversary. Latents of 0 give one picture near the middle of
 what fits; random ones of a standard deviation (the temperature) of 0.8 give others, each with its own details.
 
-Scales are kept between e^-1.5 and e^1.5 (the paper: a sigmoid and 1e-4), and couplings see bounded inputs: otherwise
+Scales are kept between e^-2 and e^2 (the paper: a sigmoid and 1e-4), and couplings see bounded inputs: otherwise
 some samples of a model so early in its training explode.
 
 Smaller than the paper's: seven photographs instead of 3,450, five minutes instead of five days, patches of 32x32.
@@ -173,8 +173,8 @@ class SRFlow(nn.Module):
         return [
             ActNorm(channels),
             InvertibleConv1x1(channels),
-            AffineInjector(InjectorNetwork(features, 2 * channels, hidden, larger), **SCALE),
-            AffineCoupling(Bounded(coupling), **SCALE),
+            AffineInjector(InjectorNetwork(features, 2 * channels, hidden, larger), scale=SCALE),
+            AffineCoupling(Bounded(coupling), scale=SCALE),
         ]
 
     @property

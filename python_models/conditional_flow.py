@@ -195,7 +195,7 @@ def fit(
     minutes: float | None = None,
     steps: int | None = None,
     batch: int = 32,
-    learning_rate: float = 5e-3,
+    learning_rate: float = 2e-2,
     samples: int = 10,
     temperature: float = 0.8,
     backend: str | None = None,

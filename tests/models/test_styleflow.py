@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from python_models import styleflow
+from python_models import digit_attributes, styleflow
+from python_models.digit_attributes import Judge
 from python_models.digits import Digits
-from python_models.styleflow import Attributes, Config, Judge, Regression, StyleFlow
+from python_models.styleflow import Attributes, Config, Regression, StyleFlow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"code": 6, "hidden": 12, "layers": 2, "bins": 4, "units": 24}
@@ -20,7 +21,7 @@ def slanted(bars):
     """Bars that are slanted and stretched."""
     digits, labels = bars(12)
     generator = torch.Generator().manual_seed(0)
-    return Digits(*((styleflow.warped(part / 255, generator) * 255).to(torch.uint8) for part in digits)), labels
+    return Digits(*((digit_attributes.warped(part / 255, generator) * 255).to(torch.uint8) for part in digits)), labels
 
 
 @pytest.fixture
@@ -37,13 +38,13 @@ def test_measures_of_strokes():
         return (width / 2 + 0.5 - distance).clamp(0, 1)
 
     pictures = torch.stack([stroke(slant, width) for slant, width in ((0, 3), (0.5, 3), (-0.5, 3), (0, 5))])
-    slant, thickness, breadth = styleflow.measure(pictures).unbind(1)
+    slant, thickness, breadth = digit_attributes.measure(pictures).unbind(1)
     torch.testing.assert_close(slant, torch.tensor([0, 0.5, -0.5, 0]), atol=0.01, rtol=0)
     assert thickness[0].item() == pytest.approx(3, rel=0.15)
     assert thickness[3].item() == pytest.approx(5, rel=0.15)
     assert breadth[0].item() == pytest.approx(3 / math.sqrt(12), rel=0.15)
     assert breadth[1].item() == pytest.approx(breadth[0].item(), rel=0.15)
-    assert styleflow.measure(torch.zeros(1, 5, 5)).isfinite().all()
+    assert digit_attributes.measure(torch.zeros(1, 5, 5)).isfinite().all()
 
 
 def test_log_determinants_are_those_of_the_jacobian(model):
@@ -108,7 +109,7 @@ def test_fit_learns_edits_and_writes(slanted, tmp_path):
         "the same flow, not told the attributes",
     }
     assert result["baselines"]["a linear regression on the attributes"] < result["baselines"]["a Gaussian"]
-    assert {f"{start}{name}_moved" for start in ("", "linear_") for name in styleflow.MEASURED} < set(figures)
+    assert {f"{start}{name}_moved" for start in ("", "linear_") for name in digit_attributes.MEASURED} < set(figures)
     assert 0 <= figures["class_kept"] <= 1
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["figures"] == figures

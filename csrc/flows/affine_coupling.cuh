@@ -205,7 +205,7 @@ __device__ __forceinline__ ComputeOf<S> forward_pack(const Problem<S>& in, const
       with_scale(in, [&](auto scale, auto inverse) {
 #pragma unroll
         for (int e = 0; e < E; ++e) {
-          const Scaled<T> s = scaled<decltype(scale)::value, decltype(inverse)::value, true, false>(
+          const Scaled<T> s = scaled<decltype(scale)::value, decltype(inverse)::value, log_whole, false>(
               static_cast<T>(raw.x[e]), in.clamp, in.epsilon);
           const S moved = static_cast<S>(transformed<decltype(inverse)::value>(
               static_cast<T>(x.x[e]), static_cast<T>(shift.x[e]), s.factor, in.shift_before));
@@ -225,7 +225,7 @@ __device__ __forceinline__ ComputeOf<S> forward_pack(const Problem<S>& in, const
         const T raw = in.raw.data == nullptr ? T(0) : static_cast<T>(*in.at_parameter(in.raw, b, j, p));
         with_scale(in, [&](auto scale, auto inverse) {
           const Scaled<T> s =
-              scaled<decltype(scale)::value, decltype(inverse)::value, true, false>(raw, in.clamp, in.epsilon);
+              scaled<decltype(scale)::value, decltype(inverse)::value, log_whole, false>(raw, in.clamp, in.epsilon);
           x = static_cast<S>(
               transformed<decltype(inverse)::value>(static_cast<T>(x), shift, s.factor, in.shift_before));
           sum += s.log_scale;
@@ -318,7 +318,7 @@ __device__ __forceinline__ void backward_pack(const Problem<S>& in, const Gradie
       with_scale(in, [&](auto scale, auto inverse) {
 #pragma unroll
         for (int e = 0; e < E; ++e) {
-          const Scaled<T> s = scaled<decltype(scale)::value, decltype(inverse)::value, false, true>(
+          const Scaled<T> s = scaled<decltype(scale)::value, decltype(inverse)::value, no_log, true>(
               static_cast<T>(raw.x[e]), in.clamp, in.epsilon);
           const OfElement<T> of =
               gradients<decltype(inverse)::value>(static_cast<T>(of_x.x[e]), of_log, static_cast<T>(x.x[e]),
@@ -345,7 +345,7 @@ __device__ __forceinline__ void backward_pack(const Problem<S>& in, const Gradie
         const T shift = reads_shift ? static_cast<T>(*in.at_parameter(in.shift, b, j, p)) : T(0);
         with_scale(in, [&](auto scale, auto inverse) {
           const Scaled<T> s =
-              scaled<decltype(scale)::value, decltype(inverse)::value, false, true>(raw, in.clamp, in.epsilon);
+              scaled<decltype(scale)::value, decltype(inverse)::value, no_log, true>(raw, in.clamp, in.epsilon);
           const OfElement<T> of =
               gradients<decltype(inverse)::value>(static_cast<T>(of_y), of_log, x, shift, s, in.shift_before);
           of_x = static_cast<S>(of.x);

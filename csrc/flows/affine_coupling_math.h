@@ -40,12 +40,17 @@ struct Functions {
 template <typename V>
 struct Scaled {
   V log_scale;  // l, if asked for
+  V e;          // with log_apart and the sigmoid, l = log_scale - log(1 + e), e in [0, 1]
   V factor;     // m
   V slope;      // l'(raw), if asked for
   typename Arithmetic<V>::Truth limited;
 };
 
-template <int scale, bool inverse, bool wants_log, bool wants_slope, typename V>
+// What is asked of l: nothing, l, or the sigmoid's in two parts, so that sum log(1 + e_i) can become one logarithm of
+// the product.
+enum Log : int { no_log, log_whole, log_apart };
+
+template <int scale, bool inverse, int wants_log, bool wants_slope, typename V>
 MPKERNELS_HOST_DEVICE inline Scaled<V> scaled(V raw, typename Arithmetic<V>::Scalar clamp,
                                               typename Arithmetic<V>::Scalar epsilon) {
   using A = Arithmetic<V>;
@@ -54,19 +59,19 @@ MPKERNELS_HOST_DEVICE inline Scaled<V> scaled(V raw, typename Arithmetic<V>::Sca
   constexpr T limit = sizeof(T) == 8 ? T(708) : T(87);
   Scaled<V> out;
   out.log_scale = V{};
+  out.e = V{};
   out.slope = V{};
   if constexpr (scale == scale_additive) {
     out.factor = V{} + 1;
     out.limited = V{} > V{};
   } else if constexpr (scale == scale_sigmoid || scale == scale_sigmoid_epsilon) {
     const V u = raw + 2;
-    V k = A::select(u > limit, V{} + limit, u);
-    k = A::select(u < -limit, V{} - limit, k);
-    out.limited = (u > limit) | (u < -limit);
-    const auto positive = k >= V{};
-    const V e = F::exp(A::select(positive, -k, k));  // e^-|k|
+    const auto positive = u >= V{};
+    const V below = A::select(positive, -u, u);  // -|u|
+    out.limited = below < -limit;
+    const V e = F::exp(A::select(out.limited, V{} - limit, below));
     V log1p = V{}, r;
-    if constexpr (scale == scale_sigmoid && wants_log) {
+    if constexpr (scale == scale_sigmoid && wants_log == log_whole) {
       r = F::inverse_and_log1p(e, log1p);
     } else {
       r = 1 / (1 + e);
@@ -75,12 +80,13 @@ MPKERNELS_HOST_DEVICE inline Scaled<V> scaled(V raw, typename Arithmetic<V>::Sca
     const V sigma = A::select(positive, r, er);
     const V other = A::select(positive, er, r);  // 1 - sigma, with the digits of small ones
     if constexpr (scale == scale_sigmoid) {
-      if constexpr (wants_log) out.log_scale = A::select(u < V{}, u, V{}) - log1p;
+      if constexpr (wants_log != no_log) out.log_scale = A::select(positive, V{}, u) - log1p;
+      out.e = e;
       out.factor = inverse ? (1 + e) * A::select(positive, V{} + 1, 1 / e) : sigma;
       out.slope = other;
     } else {
       const V s = sigma + epsilon;
-      if constexpr (wants_log) out.log_scale = F::log(s);
+      if constexpr (wants_log != no_log) out.log_scale = F::log(s);
       const V over = inverse || wants_slope ? 1 / s : V{};
       out.factor = inverse ? over : s;
       if constexpr (wants_slope) out.slope = sigma * other * over;

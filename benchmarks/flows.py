@@ -134,7 +134,7 @@ def glow_step(device: str, scale: int, plu: bool) -> Problem:
     weight = torch.linalg.qr(square)[0]
     parts = flows.plu_decompose(weight)
     lower, upper = torch.ones(channels, channels, device=device).tril(-1), torch.ones_like(weight).triu(1)
-    permutation = torch.eye(channels, device=device)[:, parts.permutation] if parts.permutation.dim() == 1 else None
+    permutation = torch.eye(channels, device=device)[parts.permutation]
     leaves = [x, h, bias, 0.1 * log_scale, *((parts.lower, parts.upper, parts.log_scale) if plu else (weight,))]
 
     def ours(x: Tensor, h: Tensor, bias: Tensor, log_scale: Tensor, *matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,6 @@ def glow_step(device: str, scale: int, plu: bool) -> Problem:
         positions = x.shape[2] * x.shape[3]
         x = (x + bias[:, None, None]) * torch.exp(log_scale)[:, None, None]
         if plu:
-            assert permutation is not None
             unit = matrix[0] * lower + torch.eye(channels, device=device)
             full = permutation @ unit @ (matrix[1] * upper + torch.diag(parts.sign * torch.exp(matrix[2])))
             log_abs_det = matrix[2].sum()

@@ -6,6 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+
+
+class Function(torch.autograd.Function):
+    """torch's, applied in eager mode without reading the signature of ``forward`` in every call (40 us)."""
+
+    @classmethod
+    def apply(cls, *arguments):
+        """See torch.autograd.Function.apply."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(arguments))
 
 
 def differentiated(tensors: Iterable[Tensor | None]) -> bool:

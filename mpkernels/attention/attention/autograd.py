@@ -15,6 +15,7 @@ from torch import Tensor
 from mpkernels import backends
 from mpkernels.attention.attention import derivative, schema
 from mpkernels.autograd import (
+    Function,
     contiguous,
     differentiated,
     directional,
@@ -71,7 +72,7 @@ def _forward(query, key, value, first, last, mask, bias, seed, scale, softcap, d
     )
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     """First derivatives by the kernels' own backward; its backward is a Function, and so differentiable again."""
 
     @staticmethod
@@ -114,7 +115,7 @@ class _Attention(torch.autograd.Function):
         return tuple(unfold(x, info.batch_size) for x in found), (0, 0)
 
 
-class _AttentionBackward(torch.autograd.Function):
+class _AttentionBackward(Function):
     """The kernels' backward; differentiated again through :mod:`derivative`."""
 
     @staticmethod

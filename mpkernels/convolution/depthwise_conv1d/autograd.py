@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import contiguous, differentiated, directional, forward_mode, mapped_first, of_some, vjp
+from mpkernels.autograd import (
+    Function,
+    contiguous,
+    differentiated,
+    directional,
+    forward_mode,
+    mapped_first,
+    of_some,
+    vjp,
+)
 from mpkernels.convolution.depthwise_conv1d import derivative, schema
 
 _TENSORS = 5  # x, weight, bias, state, seq_idx
@@ -63,7 +72,7 @@ def _forward(x, weight, bias, state, seq_idx, dilation, silu, backend):
     )
 
 
-class _Depthwise(torch.autograd.Function):
+class _Depthwise(Function):
     """First derivatives by the kernels' own backward; its backward is a Function, and so differentiable again."""
 
     @staticmethod
@@ -90,7 +99,7 @@ class _Depthwise(torch.autograd.Function):
         return _unfold(out, info.batch_size), 0
 
 
-class _DepthwiseBackward(torch.autograd.Function):
+class _DepthwiseBackward(Function):
     """The kernels' backward; differentiated again through :mod:`derivative`."""
 
     @staticmethod

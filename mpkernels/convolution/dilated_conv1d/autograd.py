@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import contiguous, differentiated, fold, forward_mode, unfold
+from mpkernels.autograd import Function, contiguous, differentiated, fold, forward_mode, unfold
 from mpkernels.convolution.dilated_conv1d import schema
 from mpkernels.convolution.dilated_conv1d.sequences import readable
 
@@ -83,7 +83,7 @@ def _along(x, weight, state, settings, of_x, of_weight, of_bias, of_state) -> Te
     return found
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(Function):
     """First derivatives by the kernels' own backward; its backward is a Function, and so differentiable again."""
 
     @staticmethod
@@ -119,7 +119,7 @@ class _Convolution(torch.autograd.Function):
         return unfold(out, info.batch_size), 0
 
 
-class _ConvolutionBackward(torch.autograd.Function):
+class _ConvolutionBackward(Function):
     """The kernels' backward; its own derivatives are the two ops again (see above)."""
 
     @staticmethod

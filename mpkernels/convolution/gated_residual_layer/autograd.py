@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mpkernels import backends
 from mpkernels.autograd import (
+    Function,
     contiguous,
     differentiated,
     directional,
@@ -92,7 +93,7 @@ def _forward(
     )
 
 
-class _Layer(torch.autograd.Function):
+class _Layer(Function):
     """First derivatives by the kernels' own backward; its backward is a Function, and so differentiable again."""
 
     @staticmethod
@@ -167,7 +168,7 @@ class _Layer(torch.autograd.Function):
         )
 
 
-class _LayerBackward(torch.autograd.Function):
+class _LayerBackward(Function):
     """The kernels' backward; differentiated again through :mod:`derivative`."""
 
     @staticmethod

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import contiguous, differentiated, fold, forward_mode, unfold
+from mpkernels.autograd import Function, contiguous, differentiated, fold, forward_mode, unfold
 from mpkernels.convolution.masked_conv2d import schema
 
 
@@ -38,7 +38,7 @@ def _pick(function):
     return _FORWARD_MODE[function] if forward_mode() else function
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(Function):
     @staticmethod
     def forward(x, weight, bias, settings, backend):
         return backends.call(backend, schema.FORWARD)(*map(contiguous, (x, weight, bias)), *settings)
@@ -66,7 +66,7 @@ class _Convolution(torch.autograd.Function):
         return torch.stack([_convolve(x, w, b, settings, backend) for x, w, b in zip(*tensors, strict=True)]), 0
 
 
-class _ConvolutionBackward(torch.autograd.Function):
+class _ConvolutionBackward(Function):
     @staticmethod
     def forward(grad, x, weight, settings, needs, backend):
         return backends.call(backend, schema.BACKWARD)(*map(contiguous, (grad, x, weight)), *settings, *needs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import differentiated, fold, forward_mode, unfold
+from mpkernels.autograd import Function, differentiated, fold, forward_mode, unfold
 from mpkernels.convolution.masked_linear import schema
 
 _OF_X, _OF_WEIGHT, _OF_BIAS = 1, 2, 4  # bits of `needs`
@@ -50,7 +50,7 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
     return sum(there[1:], there[0]) if there else None
 
 
-class _MaskedLinear(torch.autograd.Function):
+class _MaskedLinear(Function):
     """First derivatives by the kernels' own backward; its backward is a Function, and so differentiable again."""
 
     @staticmethod
@@ -78,7 +78,7 @@ class _MaskedLinear(torch.autograd.Function):
         return unfold(_pick(_MaskedLinear).apply(x, *inputs[1:]), info.batch_size), 0
 
 
-class _MaskedLinearBackward(torch.autograd.Function):
+class _MaskedLinearBackward(Function):
     """The kernels' backward: gradients of x, weight and bias, linear in each of grad, x and weight."""
 
     @staticmethod

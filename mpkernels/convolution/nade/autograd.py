@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import differentiated, directional, fold, forward_mode, of_some, unfold, vjp
+from mpkernels.autograd import Function, differentiated, directional, fold, forward_mode, of_some, unfold, vjp
 from mpkernels.convolution.nade import derivative, schema
 
 _TENSORS = 5  # x, in_weight, in_bias, out_weight, out_bias
@@ -38,7 +38,7 @@ def _forward(x, in_weight, in_bias, out_weight, out_bias, backend):
     return backends.call(backend, schema.FORWARD)(*tensors)
 
 
-class _Nade(torch.autograd.Function):
+class _Nade(Function):
     """First derivatives by the kernels' own backward; its backward is a Function, and so differentiable again."""
 
     @staticmethod
@@ -69,7 +69,7 @@ class _Nade(torch.autograd.Function):
         return (unfold(log_prob, info.batch_size), unfold(logits, info.batch_size)), (0, 0)
 
 
-class _NadeBackward(torch.autograd.Function):
+class _NadeBackward(Function):
     """The kernels' backward; differentiated again through :mod:`derivative`."""
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import differentiated, directional, fold, forward_mode, of_some, unfold, vjp
+from mpkernels.autograd import Function, differentiated, directional, fold, forward_mode, of_some, unfold, vjp
 from mpkernels.flows.actnorm import derivative, schema
 
 
@@ -35,7 +35,7 @@ def _pick(function):
     return _FORWARD_MODE[function] if forward_mode() else function
 
 
-class _ActNorm(torch.autograd.Function):
+class _ActNorm(Function):
     """First derivatives by the kernels' own backward; its backward is a Function, and so differentiable again."""
 
     @staticmethod
@@ -62,7 +62,7 @@ class _ActNorm(torch.autograd.Function):
         return (unfold(y, info.batch_size), unfold(log_abs_det, info.batch_size)), (0, 0)
 
 
-class _ActNormBackward(torch.autograd.Function):
+class _ActNormBackward(Function):
     """The kernels' backward; differentiated again through :mod:`derivative`."""
 
     @staticmethod

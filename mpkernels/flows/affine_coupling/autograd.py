@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import differentiated, directional, fold, forward_mode, of_some, unfold, vjp
+from mpkernels.autograd import Function, differentiated, directional, fold, forward_mode, of_some, unfold, vjp
 from mpkernels.flows.affine_coupling import derivative, schema
 
 _TENSORS = 4  # x, raw, shift, mask
@@ -32,7 +32,7 @@ def _pick(function):
     return _FORWARD_MODE[function] if forward_mode() else function
 
 
-class _Affine(torch.autograd.Function):
+class _Affine(Function):
     """First derivatives by the kernels' own backward; its backward is a Function, and so differentiable again."""
 
     @staticmethod
@@ -59,7 +59,7 @@ class _Affine(torch.autograd.Function):
         return tuple(unfold(x, info.batch_size) for x in found), (0, 0)
 
 
-class _AffineBackward(torch.autograd.Function):
+class _AffineBackward(Function):
     """The kernels' backward; differentiated again through :mod:`derivative`."""
 
     @staticmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import differentiated, fold, forward_mode, unfold
+from mpkernels.autograd import Function, differentiated, fold, forward_mode, unfold
 from mpkernels.flows.invertible_conv1x1 import reference, schema
 
 _OF_X, _OF_WEIGHT = (True, False, False), (False, True, False)
@@ -50,7 +50,7 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
     return sum(there[1:], there[0]) if there else None
 
 
-class _Mix(torch.autograd.Function):
+class _Mix(Function):
     """First derivatives by the kernel's own backward; its backward is a Function, and so differentiable again."""
 
     @staticmethod
@@ -77,7 +77,7 @@ class _Mix(torch.autograd.Function):
         return unfold(_pick(_Mix).apply(x, *inputs[1:]), info.batch_size), 0
 
 
-class _MixBackward(torch.autograd.Function):
+class _MixBackward(Function):
     """The kernel's backward: gradients of x, weight and bias, linear in each of grad, x and weight."""
 
     @staticmethod

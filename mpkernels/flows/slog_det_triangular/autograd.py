@@ -6,11 +6,10 @@ again as it stands. The sign is constant.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import differentiated, fold, forward_mode, unfold
+from mpkernels.autograd import Function, differentiated, fold, forward_mode, unfold
 from mpkernels.flows.slog_det_triangular import schema
 
 
@@ -26,7 +25,7 @@ def _pick(function):
     return _SlogDetForwardMode if forward_mode() else function
 
 
-class _SlogDet(torch.autograd.Function):
+class _SlogDet(Function):
     @staticmethod
     def forward(diagonal, backend):
         return backends.call(backend, schema.FORWARD)(diagonal)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import differentiated, directional, fold, forward_mode, of_some, unfold, vjp
+from mpkernels.autograd import Function, differentiated, directional, fold, forward_mode, of_some, unfold, vjp
 from mpkernels.flows.spline_coupling import derivative, schema
 
 _TENSORS = 3  # x, parameters, low
@@ -34,7 +34,7 @@ def _pick(function):
     return _FORWARD_MODE[function] if forward_mode() else function
 
 
-class _Spline(torch.autograd.Function):
+class _Spline(Function):
     """First derivatives by the kernels' own backward; its backward is a Function, and so differentiable again."""
 
     @staticmethod
@@ -80,7 +80,7 @@ class _Spline(torch.autograd.Function):
         return out, (0, 0, 0 if returns_low else None)
 
 
-class _SplineBackward(torch.autograd.Function):
+class _SplineBackward(Function):
     """The kernels' backward; differentiated again through :mod:`derivative`."""
 
     @staticmethod

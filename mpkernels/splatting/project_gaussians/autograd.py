@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import contiguous, differentiated, fold, unfold
+from mpkernels.autograd import Function, contiguous, differentiated, fold, unfold
 from mpkernels.splatting.project_gaussians import schema
 
 TENSORS = 7  # means, quats, scales, covars, opacities, viewmats, Ks
@@ -28,7 +27,7 @@ def _forward(*arguments) -> tuple[Tensor, ...]:
     return backends.call(backend, schema.FORWARD)(*tensors, *arguments[TENSORS:])
 
 
-class _Project(torch.autograd.Function):
+class _Project(Function):
     @staticmethod
     def forward(*arguments):
         return _forward(*arguments)
@@ -60,7 +59,7 @@ class _Project(torch.autograd.Function):
         return tuple(unfold(x, info.batch_size) for x in out), (0,) * 5
 
 
-class _ProjectBackward(torch.autograd.Function):
+class _ProjectBackward(Function):
     """The kernels' backward; a Function so that vmap sees it, and so that a second derivative is refused."""
 
     @staticmethod

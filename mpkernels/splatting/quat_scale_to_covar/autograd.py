@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import differentiated, fold, unfold
+from mpkernels.autograd import Function, differentiated, fold, unfold
 from mpkernels.splatting.quat_scale_to_covar import schema
 
 
@@ -21,7 +20,7 @@ def _forward(quats, scales, inverse, triu, backend):
     return backends.call(backend, schema.FORWARD)(quats.contiguous(), scales.contiguous(), inverse, triu)
 
 
-class _Covar(torch.autograd.Function):
+class _Covar(Function):
     @staticmethod
     def forward(quats, scales, inverse, triu, backend):
         return _forward(quats, scales, inverse, triu, backend)
@@ -43,7 +42,7 @@ class _Covar(torch.autograd.Function):
         return unfold(out, info.batch_size), 0
 
 
-class _CovarBackward(torch.autograd.Function):
+class _CovarBackward(Function):
     """The kernels' backward; a Function so that vmap sees it, and so that a second derivative is refused."""
 
     @staticmethod

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mpkernels import backends
-from mpkernels.autograd import contiguous, differentiated
+from mpkernels.autograd import Function, contiguous, differentiated
 from mpkernels.splatting.rasterize import schema
 
 
@@ -42,7 +41,7 @@ def _forward(*arguments):
     return backends.call(backend, schema.FORWARD)(*_flat(*tensors), width, height, tile_size)
 
 
-class _Rasterize(torch.autograd.Function):
+class _Rasterize(Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mpkernels import backends
-from mpkernels.autograd import contiguous, differentiated
+from mpkernels.autograd import Function, contiguous, differentiated
 from mpkernels.splatting.spherical_harmonics import schema
 
 
@@ -22,7 +21,7 @@ def _forward(degree, dirs, coeffs, masks, backend):
     return backends.call(backend, schema.FORWARD)(degree, dirs.contiguous(), coeffs.contiguous(), contiguous(masks))
 
 
-class _SphericalHarmonics(torch.autograd.Function):
+class _SphericalHarmonics(Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mpkernels import backends
-from mpkernels.autograd import differentiated
+from mpkernels.autograd import Function, differentiated
 from mpkernels.splatting.ssim import schema
 
 
@@ -24,7 +23,7 @@ def _forward(image, target, step, window_size, sigma, data_range, valid, mean, b
     )
 
 
-class _Ssim(torch.autograd.Function):
+class _Ssim(Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import contiguous, differentiated, directional, forward_mode, mapped_first, of_some, unfold, vjp
+from mpkernels.autograd import (
+    Function,
+    contiguous,
+    differentiated,
+    directional,
+    forward_mode,
+    mapped_first,
+    of_some,
+    unfold,
+    vjp,
+)
 from mpkernels.volume.composite import derivative, schema
 
 
@@ -55,7 +65,7 @@ def _forward(densities, values, t_starts, t_ends, packed_info, background, early
     )
 
 
-class _Composite(torch.autograd.Function):
+class _Composite(Function):
     """First derivatives by the kernels' own backward; its backward is a Function, and so differentiable again."""
 
     @staticmethod
@@ -93,7 +103,7 @@ class _Composite(torch.autograd.Function):
         return out, (0, 0, 0, 0)
 
 
-class _CompositeBackward(torch.autograd.Function):
+class _CompositeBackward(Function):
     """The kernels' backward; differentiated again through :mod:`derivative`."""
 
     @staticmethod

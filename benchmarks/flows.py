@@ -177,7 +177,7 @@ def triangular(device: str, scale: int, size: int = 16) -> Problem:
     """Log-determinants of many small triangular matrices."""
     (matrices,) = normal((65_536 // scale, size, size), device=device)
     matrices = matrices.tril()
-    return Problem([matrices], lambda x: flows.slog_det_triangular(x), lambda x: tuple(torch.linalg.slogdet(x)))
+    return Problem([matrices], lambda x: flows.slog_det_triangular(x)[1], lambda x: torch.linalg.slogdet(x)[1])
 
 
 class _Network(torch.nn.Sequential):

@@ -34,6 +34,13 @@ FLOWS = {
     "StyleFlow": "styleflow",
     "C-Flow": "cflow",
 }
+ALSO = {  # row -> further figures that its table shows
+    "NICE": ("log_likelihood",),
+    "class-conditional flow": ("bits_per_dimension_not_told", "accuracy", "accuracy_of_nearest_neighbours"),
+    "SRFlow": ("psnr_temperature_0", "psnr_bicubic", "consistency_sample", "consistency_bicubic", "diversity"),
+    "StyleFlow": ("slant_moved", "thickness_moved", "breadth_moved", "others_changed", "class_kept"),
+    "C-Flow": ("bits_per_dimension_not_told", "bits_per_dimension_told_another_half"),
+}
 REPORTS = AUTOREGRESSIVE | FLOWS
 KEPT = ("data", "settings", "parameters", "steps_done", "figures", "unit", "baselines", "papers")
 

@@ -210,6 +210,8 @@ def _models(names: Iterable[str]) -> list[str]:
             minutes, steps = row["settings"].get("minutes"), row["steps_done"]
             trained = f"{steps:,} steps" + (f", {minutes:g} minutes" if minutes else "")
             value = f"**{row['figures'][row['unit']]:.4g}** {unit}"
+            for also in models_script.ALSO.get(name, ()):
+                value += f", {also.replace('_', ' ')} {row['figures'][also]:.4g}"
             lines.append(f"| {name} | {row['data']} | {value} | {beaten} | {trained} | {row.get('papers', '-')} |")
         lines.append("")
     return lines[:-1] if lines else ["Nothing is recorded yet."]

@@ -236,6 +236,13 @@ ROWS = (
     _row("affine_coupling 32x48x32x32, channels, sigmoid", TRAINING, glow, eager=2.5, compiled=1.1),
     _row("affine_coupling 32x48x32x32, checkerboard, tanh", FORWARD, checkerboard, eager=5.0, copy=0.6),
     _row("affine_coupling 32x48x32x32, checkerboard, tanh", TRAINING, checkerboard, eager=5.0, compiled=1.1),
+    _row("affine_coupling 256x48x32x32, channels, sigmoid", FORWARD, partial(glow, shape=(256, 48, 32, 32)), copy=0.6),
+    _row(
+        "affine_coupling 256x48x32x32, checkerboard, tanh",
+        FORWARD,
+        partial(checkerboard, shape=(256, 48, 32, 32)),
+        copy=0.6,
+    ),
     _row("glow_step 64x48x16x16", TRAINING, partial(glow_step, plu=False), eager=2.0),
     _row("glow_step 64x48x16x16, PLU", TRAINING, partial(glow_step, plu=True), eager=2.0),
     *(_row("actnorm 32x48x32x32", which, actnorm) for which in (FORWARD, TRAINING)),

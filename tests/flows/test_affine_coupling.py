@@ -203,6 +203,14 @@ class AffineProperties(OpProperties):
         for found in torch.autograd.grad([back, minus], [y, raw], [torch.zeros_like(back), torch.ones_like(minus)]):
             assert bool(found.isfinite().all())
 
+    def test_closed_form_of_many_equal_factors(self):
+        """Logarithms that are taken of products: 2,000 factors of 2 are more than a float holds."""
+        y, log_abs_det = self.run(
+            torch.ones(2, 2000), torch.full((2, 2000), -2.0), torch.zeros(2, 2000), scale="sigmoid"
+        )
+        assert bool((y == 0.5).all())
+        torch.testing.assert_close(log_abs_det.cpu(), torch.full((2,), -2000 * math.log(2)), rtol=1e-6, atol=0)
+
     @pytest.mark.parametrize("inverse", [False, True])
     def test_factors_are_limited(self, inverse):
         raw = torch.tensor([[-math.inf, -100.0, 100.0, math.inf]], device=self.device).requires_grad_()

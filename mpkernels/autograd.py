@@ -61,6 +61,17 @@ def unfold(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, x.shape[0] // batch))
 
 
+def one_by_one(function, batch: int, in_dims: Sequence, inputs: Sequence):
+    """For a Function's vmap: each mapped problem by itself, where they cannot be made one; (results, their dims)."""
+    found = [
+        function.apply(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+        for i in range(batch)
+    ]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
+
+
 def vjp(function: Callable, primals: Sequence):
     """(function(*primals), what takes gradients of that to gradients of ``primals``)."""
     found, transpose = torch.func.vjp(function, *primals)[:2]

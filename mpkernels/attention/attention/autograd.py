@@ -23,6 +23,7 @@ from mpkernels.autograd import (
     forward_mode,
     mapped_first,
     of_some,
+    one_by_one,
     unfold,
     vjp,
 )
@@ -103,8 +104,8 @@ class _Attention(Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        if inputs[7] is not None:
-            return _one_by_one(_Attention, info, in_dims, inputs)
+        if inputs[7] is not None:  # dropout counts batches, and every sample starts to count anew
+            return one_by_one(_pick(_Attention), info.batch_size, in_dims, inputs)
         batch = inputs[0].shape[0] if in_dims[0] is None else inputs[0].movedim(in_dims[0], 0).shape[1]
         tensors = [
             *fold(info.batch_size, in_dims[:3], inputs[:3]),
@@ -181,7 +182,7 @@ class _AttentionBackward(Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         if inputs[11] is not None:
-            return _one_by_one(_AttentionBackward, info, in_dims, inputs)
+            return one_by_one(_pick(_AttentionBackward), info.batch_size, in_dims, inputs)
         needs_bias = inputs[16]
         batch = inputs[2].shape[0] if in_dims[2] is None else inputs[2].movedim(in_dims[2], 0).shape[1]
         tensors = [
@@ -271,12 +272,3 @@ def _fold_shared(count: int, batch: int, in_dims, tensors, own: bool = False) ->
         assert mapped is not None
         folded.append(mapped.expand(count, batch, *mapped.shape[2:]).flatten(0, 1))
     return folded
-
-
-def _one_by_one(function, info, in_dims, inputs):
-    """Samples one after another: dropout counts batches, and every sample starts to count anew."""
-    found = []
-    for v in range(info.batch_size):
-        one = (x if dim is None else x.select(dim, v) for x, dim in zip(inputs, in_dims, strict=True))
-        found.append(_pick(function).apply(*one))
-    return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])

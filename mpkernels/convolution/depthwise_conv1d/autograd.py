@@ -20,6 +20,7 @@ from mpkernels.autograd import (
     forward_mode,
     mapped_first,
     of_some,
+    one_by_one,
     vjp,
 )
 from mpkernels.convolution.depthwise_conv1d import derivative, schema
@@ -93,7 +94,7 @@ class _Depthwise(Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         if in_dims[4] is not None:
-            return _one_by_one(_Depthwise, info.batch_size, in_dims, inputs)
+            return one_by_one(_pick(_Depthwise), info.batch_size, in_dims, inputs)
         tensors = _fold(info.batch_size, in_dims[:4], inputs[:4])
         out = _pick(_Depthwise).apply(*tensors, *inputs[4:])
         return _unfold(out, info.batch_size), 0
@@ -157,7 +158,7 @@ class _DepthwiseBackward(Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         if in_dims[5] is not None:
-            return _one_by_one(_DepthwiseBackward, info.batch_size, in_dims, inputs)
+            return one_by_one(_pick(_DepthwiseBackward), info.batch_size, in_dims, inputs)
         size = info.batch_size
         (grad,) = _fold(size, in_dims[:1], inputs[:1])
         tensors = _fold(size, in_dims[1:5], inputs[1:5])
@@ -183,17 +184,6 @@ def _fold(batch: int, in_dims: Sequence, tensors: Sequence[Tensor | None]) -> li
 def _unfold(x: Tensor, batch: int) -> Tensor:
     """(B, V C, n) -> (V, B, C, n)."""
     return x.unflatten(1, (batch, x.shape[1] // batch)).transpose(0, 1)
-
-
-def _one_by_one(function, batch: int, in_dims: Sequence, inputs: Sequence):
-    """Each mapped problem by itself: where sequences are mapped too, they differ between the channels."""
-    found = [
-        _pick(function).apply(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
-        for i in range(batch)
-    ]
-    if isinstance(found[0], Tensor):
-        return torch.stack(found), 0
-    return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
 
 
 def _gradient_of(ctx, wanted, kept):

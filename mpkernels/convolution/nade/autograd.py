@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import Function, differentiated, directional, fold, forward_mode, of_some, unfold, vjp
+from mpkernels.autograd import (
+    Function,
+    differentiated,
+    directional,
+    fold,
+    forward_mode,
+    of_some,
+    one_by_one,
+    unfold,
+    vjp,
+)
 from mpkernels.convolution.nade import derivative, schema
 
 _TENSORS = 5  # x, in_weight, in_bias, out_weight, out_bias
@@ -63,7 +73,7 @@ class _Nade(Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         if any(dim is not None for dim in in_dims[1:_TENSORS]):
-            return _one_by_one(_Nade, info, in_dims, inputs)
+            return one_by_one(_pick(_Nade), info.batch_size, in_dims, inputs)
         (x,) = fold(info.batch_size, in_dims[:1], inputs[:1])
         log_prob, logits = _pick(_Nade).apply(x, *inputs[1:])
         return (unfold(log_prob, info.batch_size), unfold(logits, info.batch_size)), (0, 0)
@@ -97,20 +107,13 @@ class _NadeBackward(Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _one_by_one(_NadeBackward, info, in_dims, inputs)  # each has gradients of weights to itself
+        # each has gradients of weights to itself
+        return one_by_one(_pick(_NadeBackward), info.batch_size, in_dims, inputs)
 
 
 def _gradient_of(ctx, wanted: list[int], kept: list[int]):
     """The gradients numbered ``kept`` as a differentiable function of the saved tensors numbered ``wanted``."""
     return of_some(derivative.log_prob_gradient, ctx.saved_tensors, wanted, kept)
-
-
-def _one_by_one(function, info, in_dims, inputs):
-    found = []
-    for v in range(info.batch_size):
-        one = (x if dim is None else x.select(dim, v) for x, dim in zip(inputs, in_dims, strict=True))
-        found.append(_pick(function).apply(*one))
-    return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
 
 
 class _NadeForwardMode(_Nade):

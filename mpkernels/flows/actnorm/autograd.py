@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import Function, differentiated, directional, fold, forward_mode, of_some, unfold, vjp
+from mpkernels.autograd import (
+    Function,
+    differentiated,
+    directional,
+    fold,
+    forward_mode,
+    of_some,
+    one_by_one,
+    unfold,
+    vjp,
+)
 from mpkernels.flows.actnorm import derivative, schema
 
 
@@ -56,7 +66,7 @@ class _ActNorm(Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         if in_dims[1] is not None or in_dims[2] is not None:
-            return _one_by_one(_ActNorm, info.batch_size, in_dims, inputs)
+            return one_by_one(_pick(_ActNorm), info.batch_size, in_dims, inputs)
         (x,) = fold(info.batch_size, in_dims[:1], inputs[:1])
         y, log_abs_det = _pick(_ActNorm).apply(x, *inputs[1:])
         return (unfold(y, info.batch_size), unfold(log_abs_det, info.batch_size)), (0, 0)
@@ -115,19 +125,10 @@ class _ActNormBackward(Function):
     def vmap(info, in_dims, *inputs):
         parameters_alike = in_dims[3] is None and in_dims[4] is None
         if not parameters_alike or inputs[9] or inputs[10]:
-            return _one_by_one(_ActNormBackward, info.batch_size, in_dims, inputs)
+            return one_by_one(_pick(_ActNormBackward), info.batch_size, in_dims, inputs)
         tensors = fold(info.batch_size, in_dims[:3], inputs[:3])
         of_x, *others = _pick(_ActNormBackward).apply(*tensors, *inputs[3:])
         return (unfold(of_x, info.batch_size) if inputs[8] else of_x, *others), (0 if inputs[8] else None, None, None)
-
-
-def _one_by_one(function, batch: int, in_dims, inputs):
-    """Each mapped problem by itself, where they have parameters or gradients of parameters of their own."""
-    found = [
-        _pick(function).apply(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
-        for i in range(batch)
-    ]
-    return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
 
 
 def _gradient_of(ctx, wanted, kept):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpkernels import backends
-from mpkernels.autograd import Function, differentiated, fold, forward_mode, unfold
+from mpkernels.autograd import Function, differentiated, fold, forward_mode, one_by_one, unfold
 from mpkernels.flows.invertible_conv1x1 import reference, schema
 
 _OF_X, _OF_WEIGHT = (True, False, False), (False, True, False)
@@ -72,7 +72,7 @@ class _Mix(Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         if in_dims[1] is not None or in_dims[2] is not None:
-            return _one_by_one(_Mix, info, in_dims, inputs)
+            return one_by_one(_pick(_Mix), info.batch_size, in_dims, inputs)
         (x,) = fold(info.batch_size, in_dims[:1], inputs[:1])
         return unfold(_pick(_Mix).apply(x, *inputs[1:]), info.batch_size), 0
 
@@ -115,7 +115,7 @@ class _MixBackward(Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         if inputs[4:] != _OF_X or in_dims[2] is not None:
-            return _one_by_one(_MixBackward, info, in_dims, inputs)
+            return one_by_one(_pick(_MixBackward), info.batch_size, in_dims, inputs)
         grad, x = fold(info.batch_size, in_dims[:2], inputs[:2])
         found = _pick(_MixBackward).apply(grad, x, *inputs[2:])
         return (unfold(found[0], info.batch_size), *found[1:]), (0, None, None)
@@ -169,14 +169,3 @@ class _MixBackwardForwardMode(_MixBackward):
 
 
 _FORWARD_MODE = {_Mix: _MixForwardMode, _MixBackward: _MixBackwardForwardMode}
-
-
-def _one_by_one(function, info, in_dims, inputs):
-    """Samples one after another, where each has a weight of its own or wants a gradient of the one they share."""
-    found = []
-    for v in range(info.batch_size):
-        one = (x if dim is None else x.select(dim, v) for x, dim in zip(inputs, in_dims, strict=True))
-        found.append(_pick(function).apply(*one))
-    if isinstance(found[0], Tensor):
-        return torch.stack(found), 0
-    return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
